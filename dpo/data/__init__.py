@@ -1,0 +1,1 @@
+"""From files of preference pairs to micro-batches of tokens."""

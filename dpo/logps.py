@@ -1,0 +1,187 @@
+"""Hidden states to token log-probs to sequence log-probs, never a (scored, vocab) tensor at once.
+
+A head over 12,000 scored tokens and a vocabulary of 152,000 would need 7 GiB for its fp32 logits
+and as much again for each copy that a softmax and its backward keep. Here the rows are walked in
+tiles. With a frozen head (LoRA), the forward turns each tile of logits into J = d logp / d hidden at once
+and forgets it: the backward is one multiplication, g x J. Two matrix products instead of three, no
+recompute, and any loss may follow. DPO needs this: a pair's gradient is known only when all tokens
+of both answers are summed, so the loss cannot run inside the tile. When the head itself trains,
+the tiles are computed again in the backward.
+
+Axes: `scored` (targets), `hidden`, `vocab`, `sequences`. Unit: nats.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+TILE_BYTES = 256 * 2**20  # of fp32 logits; one tile is alive at a time
+MAX_TILE_ROWS = 2048  # more rows do not make the matrix product faster
+
+
+def token_logps(
+    hidden: Float[Tensor, "scored hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    targets: Int[Tensor, " scored"],
+    bias: Float[Tensor, " vocab"] | None = None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Float[Tensor, " scored"]:
+    """Log-probability of each target: log softmax(logits)[target], (scored,) nats.
+
+    logits = cap(logit_scale x (hidden @ weight.T + bias)), cap(z) = softcap x tanh(z / softcap).
+    The result is fp32 (float64 for float64 input) whatever the input's dtype; logits are
+    accumulated in that dtype. Differentiable in `hidden`, `weight` and `bias`.
+    """
+    trains = (weight.requires_grad or (bias is not None and bias.requires_grad)) and (
+        torch.is_grad_enabled()
+    )
+    head = _TrainedHead if trains else _FrozenHead
+    return head.apply(hidden, weight, targets, bias, logit_scale, softcap)  # type: ignore[no-any-return]
+
+
+def sequence_logps(
+    token_logps: Float[Tensor, " scored"],
+    sequence_ids: Int[Tensor, " scored"],
+    num_sequences: int,
+) -> Float[Tensor, " sequences"]:
+    """Sum of the token log-probs of each sequence, (num_sequences,) nats; 0 where none is scored."""
+    return token_logps.new_zeros(num_sequences).index_add(0, sequence_ids, token_logps)
+
+
+class _FrozenHead(torch.autograd.Function):
+    """The head's weight takes no gradient: keep only J (scored, hidden), in the input's dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        logps = hidden.new_empty(len(hidden), dtype=_accumulator(hidden))
+        jacobian = torch.empty_like(hidden) if hidden.requires_grad else None
+        for rows in _tiles(len(hidden), len(weight)):
+            logits, slope = _logits(hidden[rows], weight, bias, scale, softcap)
+            logps[rows], total = _target_logps_(logits, targets[rows])
+            if jacobian is not None:
+                grad = _grad_logits_(logits, total, targets[rows], slope, scale)
+                jacobian[rows] = grad.to(weight.dtype) @ weight
+        if jacobian is not None:
+            ctx.save_for_backward(jacobian)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (jacobian,) = ctx.saved_tensors
+        return grad_logps[:, None].to(jacobian.dtype) * jacobian, None, None, None, None, None
+
+
+class _TrainedHead(torch.autograd.Function):
+    """The head trains too: its gradient needs the upstream one, so compute each tile again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets, bias)
+        ctx.scale, ctx.softcap = scale, softcap
+        logps = hidden.new_empty(len(hidden), dtype=_accumulator(hidden))
+        for rows in _tiles(len(hidden), len(weight)):
+            logits, _ = _logits(hidden[rows], weight, bias, scale, softcap)
+            logps[rows], _ = _target_logps_(logits, targets[rows])
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, targets, bias = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=_accumulator(weight))
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=_accumulator(bias))
+        for rows in _tiles(len(hidden), len(weight)):
+            logits, slope = _logits(hidden[rows], weight, bias, ctx.scale, ctx.softcap)
+            _, total = _target_logps_(logits, targets[rows])
+            grad = _grad_logits_(logits, total, targets[rows], slope, ctx.scale)
+            grad = grad.mul_(grad_logps[rows, None])
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(weight.dtype)
+            grad_hidden[rows] = grad @ weight
+            grad_weight += grad.T @ hidden[rows]
+        grad_bias = None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), None, grad_bias, None, None
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _tiles(num_rows: int, vocab: int) -> list[slice]:
+    rows = max(1, min(MAX_TILE_ROWS, TILE_BYTES // (4 * vocab)))
+    return [slice(start, start + rows) for start in range(0, num_rows, rows)]
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """One tile of logits, and the slope of the soft-cap at each of them (None without one)."""
+    logits = _matmul_accumulated(hidden, weight)
+    if bias is not None:
+        logits += bias
+    if scale != 1.0:
+        logits *= scale
+    if softcap is None:
+        return logits, None
+    tanh = logits.div_(softcap).tanh_()
+    slope = 1 - tanh * tanh
+    return tanh.mul_(softcap), slope
+
+
+def _matmul_accumulated(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden @ weight.T with fp32 results: bf16 ones would cost 1.7e-2 nats a token."""
+    dtype = _accumulator(hidden)
+    if hidden.dtype == dtype:
+        return hidden @ weight.T
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.T, out_dtype=dtype)
+    # No mixed-precision product on a CPU: upcast the head piece by piece, a tile's worth at a time.
+    logits = hidden.new_empty(len(hidden), len(weight), dtype=dtype)
+    upcast = hidden.to(dtype)
+    for columns in _tiles(len(weight), weight.shape[1]):
+        logits[:, columns] = upcast @ weight[columns].to(dtype).T
+    return logits
+
+
+def _target_logps_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs of the targets (rows,) and softmax denominators (rows, 1).
+
+    In place: `logits` becomes exp(logits - row maximum).
+    """
+    logits -= logits.amax(dim=1, keepdim=True)
+    target_logits = logits.gather(1, targets[:, None])
+    total = logits.exp_().sum(dim=1, keepdim=True)
+    return (target_logits - total.log()).squeeze(1), total
+
+
+def _grad_logits_(
+    exp: Tensor, total: Tensor, targets: Tensor, slope: Tensor | None, scale: float
+) -> Tensor:
+    """In place, from the exponentials: d logp / d (hidden @ weight.T) = scale slope (1_target - p).
+
+    The target's column is subtracted in fp32, before any cast: near p = 1 it is a small difference.
+    """
+    exp.scatter_add_(1, targets[:, None], -total)
+    grad = exp.mul_(-scale / total)
+    return grad if slope is None else grad.mul_(slope)

@@ -1,0 +1,1 @@
+"""The model, its log-probs, and the reference they are compared with."""
