@@ -54,8 +54,8 @@ def sigmoid(
     with the paper's h = gap = log [pi(y_w|x) / pi_ref(y_w|x)] - log [pi(y_l|x) / pi_ref(y_l|x)].
     `label_smoothing` in [0, 0.5) is the probability that a label is flipped (conservative DPO).
 
-    Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; the smoothing is eq. 3 of Mitchell 2023,
-    "A note on DPO with noisy preferences & relationship to IPO".
+    Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; the smoothing: Mitchell 2023, "A note on
+    DPO with noisy preferences & relationship to IPO".
     """
     z = beta * logps.logratio_gap
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
@@ -83,8 +83,8 @@ def hinge(logps: PairLogps, *, beta: float) -> Float[Tensor, " pairs"]:
 
     loss = max(0, 1 - beta gap)
 
-    Source: Zhao et al. 2023, arXiv:2305.10425, eq. 1, normalised by the reference and scaled by
-    beta (the paper's gamma) as in Liu et al. 2023, arXiv:2309.06657, eq. 7.
+    Source: Zhao et al. 2023, arXiv:2305.10425, with the log-probs taken relative to the reference
+    and scaled by beta (the paper's gamma): "hinge-norm" of Liu et al. 2023, arXiv:2309.06657.
     """
     return F.relu(1 - beta * logps.logratio_gap)
 

@@ -40,10 +40,10 @@ TRAIN_ROWS, EVAL_ROWS = 2000, 200
 # Under one half, so that greedy decoding mostly shows the mistake; close to one half, so that the
 # right answer stays well known.
 RIGHT_SHARE = 0.48
-SFT_STEPS, SFT_BATCH, SFT_LR, SFT_WARMUP = 4000, 64, 2e-3, 200
+SFT_STEPS, SFT_BATCH, SFT_LR, SFT_WARMUP = 3000, 64, 2e-3, 200
 
 # Room for every word below as a single token: copying an answer is then one step.
-VOCAB_SIZE = 1088
+VOCAB_SIZE = 1280
 TOKENIZER_QUESTIONS = 20_000
 PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -284,10 +284,12 @@ def build_tokenizer(stream: Iterator[Exercise]) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = [" ".join(SYSTEMS + ["system\n user\n assistant\n"])]
-    for _ in range(TOKENIZER_QUESTIONS):
+    roles = "system\nuser\nassistant\n"
+    texts = []
+    for number in range(TOKENIZER_QUESTIONS):
         exercise = next(stream)
-        texts.append(f"{exercise.question}\n{exercise.right}\n{exercise.wrong}")
+        system = SYSTEMS[number % len(SYSTEMS)]
+        texts.append(f"{roles}{system}\n{exercise.question}\n{exercise.right}\n{exercise.wrong}")
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

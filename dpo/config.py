@@ -1,0 +1,389 @@
+"""The configuration: one dataclass a section, one sentence a field, checked before weights load.
+
+`parse(argv)` reads `--config FILE` (YAML, nested like the classes here) and then flags, each of
+which sets one key: `--section.key value`. With no `--config` it starts from the packaged quickstart
+configuration; with one, from the defaults below, which are those of the NeuralHermes article.
+"""
+
+import difflib
+import inspect
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+
+from dpo.losses import LOSSES
+
+PACKAGE = Path(__file__).parent
+QUICKSTART = PACKAGE / "quickstart" / "config.yaml"
+
+
+class UserError(ValueError):
+    """A mistake of the user's. Its message says what, where, what it got, wanted, and what to do."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The policy, as it is before training."""
+
+    name_or_path: str = "teknium/OpenHermes-2.5-Mistral-7B"
+    """Hub id or folder of the model; a PEFT folder starts from its adapter."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the weights and of the computation; auto keeps the checkpoint's."""
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "fp4"
+    """How bitsandbytes stores the frozen base; fp4 is what load_in_4bit alone means."""
+    adapter: Literal["lora", "none"] = "lora"
+    """lora trains an adapter, none trains every weight."""
+    attention: Literal["auto", "shared", "padded"] = "auto"
+    """shared computes each prompt once, padded gives every answer a row; auto chooses."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """The adapter (Hu et al. 2021, arXiv:2106.09685), by PEFT."""
+
+    r: int = 16
+    """Rank."""
+    alpha: float = 16
+    """The update is scaled by alpha / r, or by alpha / sqrt(r) with use_rslora."""
+    dropout: float = 0.05
+    """Dropout on the adapter's input while training; the reference never has any."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the layers that get an adapter; all-linear takes all but the head."""
+    init: str | bool = True
+    """PEFT's init_lora_weights; true starts from a zero update."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r)."""
+    use_dora: bool = False
+    """Train magnitudes and directions apart."""
+
+
+@dataclass(kw_only=True)
+class DataSource:
+    """One of several sources."""
+
+    path: str
+    """Hub id, file or folder."""
+    weight: float = 1.0
+    """How often each row is seen in an epoch: 2 is twice, 0.5 is a random half of the rows."""
+    format: str = "auto"
+    """As data.format, for this source."""
+    split: str = "train"
+    """As data.split, for this source."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The preference pairs."""
+
+    name_or_path: str | list[DataSource] = "Intel/orca_dpo_pairs"
+    """Hub id, .jsonl, .jsonl.gz, .json, .parquet, or a saved datasets folder; or a list of sources."""
+    subset: str | None = None
+    """Name of the hub data set's configuration."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    split: str = "train"
+    """Split to train on."""
+    format: str = "auto"
+    """Shape of the rows, a name of dpo.data.formats.FORMATS; auto recognises it."""
+    eval_fraction: float = 0.0
+    """Share of the prompts that is held out for evaluation; 0 evaluates nothing."""
+    eval_path: str | None = None
+    """Held-out pairs of their own, instead of eval_fraction."""
+    max_prompt_length: int = 1024
+    """Tokens; a longer prompt loses its beginning."""
+    max_length: int = 1536
+    """Tokens of prompt and one answer; a longer answer loses its end."""
+    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to a pair that is too long."""
+    chat_template: str = "auto"
+    """auto: the tokenizer's, or ChatML if it has none; chatml; none: refuse messages; or a file."""
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """The loss, one of dpo.losses.LOSSES."""
+
+    type: str = "sigmoid"
+    """Name of the loss."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference; scales the rewards."""
+    label_smoothing: float = 0.0
+    """sigmoid only: probability that a label is flipped, in [0, 0.5)."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for the loss function: those that it has."""
+        accepted = inspect.signature(LOSSES[self.type]).parameters
+        return {key: value for key, value in asdict(self).items() if key in accepted}
+
+
+@dataclass(kw_only=True)
+class ReferenceConfig:
+    """What the policy is compared with: itself, as it was at step 0."""
+
+    mode: Literal["auto", "adapter", "frozen", "zero"] = "auto"
+    """adapter: the base under the adapter; frozen: a copy; zero: no reference; auto: what fits."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """The optimizer and its learning rate."""
+
+    name: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw"] = (
+        "paged_adamw_32bit"
+    )
+    """adamw is PyTorch's, the others are bitsandbytes'."""
+    learning_rate: float = 5e-5
+    """The highest, reached at the end of the warm-up."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """cosine and linear fall to 0 at the last step."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them as they are."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The run."""
+
+    output_dir: str = "runs/dpo"
+    """Run folder."""
+    per_device_train_batch_size: int = 4
+    """Its product with gradient_accumulation_steps and the number of devices is one step's pairs."""
+    gradient_accumulation_steps: int = 4
+    """See per_device_train_batch_size: only the product matters."""
+    max_steps: int = 200
+    """Optimizer steps; -1 goes by num_train_epochs."""
+    num_train_epochs: int = 1
+    """Passes over the data, when max_steps is -1."""
+    tokens_per_microbatch: int = 8192
+    """How many tokens go through the model at once: the memory knob, without effect on the result."""
+    gradient_checkpointing: bool = True
+    """Compute activations again in the backward: less memory, a third more work."""
+    seed: int = 42
+    """Seed of the order of the pairs, of the adapter and of dropout."""
+    logging_steps: int = 1
+    """Log every so many steps, means over them; the first step is always logged alone."""
+    eval_steps: int = 0
+    """Evaluate every so many steps; 0: only before and after."""
+    eval_prompts: int = 0
+    """How many held-out prompts the policy answers at each evaluation, for eval/kl and samples."""
+    eval_max_new_tokens: int = 128
+    """Longest answer to such a prompt."""
+    eval_exact_match: bool = False
+    """The chosen answer is the only right one: also log how often a greedy answer equals it."""
+    save_steps: int = 0
+    """Write checkpoint-N every so many steps; 0: only final/."""
+    save_total_limit: int = 2
+    """How many checkpoints are kept; the oldest go."""
+    metric_for_best_model: str | None = None
+    """Name of an eval/ metric: the adapter with its best value is kept in best/."""
+    resume: str = "auto"
+    """auto: go on where the folder's run stopped; never: put an old run aside; or a checkpoint."""
+    report_to: str | list[str] = "tensorboard"
+    """Trackers that Accelerate knows (tensorboard, wandb, ...), or none."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """All sections."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def check(self) -> None:
+        """Refuses what cannot be honoured.
+
+        Raises:
+            UserError: naming the key, what it got and what it wants.
+        """
+        _check_ranges(self)
+        _check_loss(self.loss)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        model, reference, data, train = self.model, self.reference, self.data, self.train
+        if model.adapter == "none" and model.quantization != "none":
+            _refuse(
+                "model.quantization",
+                model.quantization,
+                "none, since model.adapter is none and quantised weights cannot train",
+            )
+        if model.adapter == "none" and reference.mode == "adapter":
+            _refuse("reference.mode", "adapter", "auto, frozen or zero, since there is no adapter")
+        if model.adapter == "lora" and reference.mode == "frozen":
+            _refuse(
+                "reference.mode",
+                "frozen",
+                "auto or adapter: with an adapter the frozen model is the base under it, for free",
+            )
+        if data.eval_path and data.eval_fraction:
+            _refuse("data.eval_fraction", data.eval_fraction, "0, since data.eval_path is set")
+        if data.max_prompt_length >= data.max_length:
+            _refuse(
+                "data.max_prompt_length",
+                data.max_prompt_length,
+                f"less than data.max_length ({data.max_length}), to leave room for an answer",
+            )
+        if train.max_steps == 0 or train.max_steps < -1:
+            _refuse("train.max_steps", train.max_steps, "a positive number, or -1 for epochs")
+        if train.metric_for_best_model and not (data.eval_path or data.eval_fraction):
+            _refuse(
+                "train.metric_for_best_model",
+                train.metric_for_best_model,
+                "null, since nothing is held out: set data.eval_path or data.eval_fraction",
+            )
+        if train.eval_exact_match and not train.eval_prompts:
+            _refuse("train.eval_prompts", 0, "at least 1, since train.eval_exact_match is true")
+
+
+# What a number must satisfy, in words and as a test; by key.
+_POSITIVE: tuple[str, Callable[[Any], bool]] = ("a number above 0", lambda x: x > 0)
+_NOT_NEGATIVE: tuple[str, Callable[[Any], bool]] = ("0 or more", lambda x: x >= 0)
+_SHARE: tuple[str, Callable[[Any], bool]] = ("at least 0 and below 1", lambda x: 0 <= x < 1)
+_RANGES = {
+    "lora.r": _POSITIVE,
+    "lora.alpha": _POSITIVE,
+    "lora.dropout": _SHARE,
+    "data.eval_fraction": _SHARE,
+    "data.max_prompt_length": _POSITIVE,
+    "loss.beta": _POSITIVE,
+    "loss.label_smoothing": ("at least 0 and below 0.5", lambda x: 0 <= x < 0.5),
+    "optim.learning_rate": _POSITIVE,
+    "optim.warmup_steps": _NOT_NEGATIVE,
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.max_grad_norm": _NOT_NEGATIVE,
+    "train.per_device_train_batch_size": _POSITIVE,
+    "train.gradient_accumulation_steps": _POSITIVE,
+    "train.num_train_epochs": _POSITIVE,
+    "train.tokens_per_microbatch": _POSITIVE,
+    "train.seed": _NOT_NEGATIVE,
+    "train.logging_steps": _POSITIVE,
+    "train.eval_steps": _NOT_NEGATIVE,
+    "train.eval_prompts": _NOT_NEGATIVE,
+    "train.eval_max_new_tokens": _POSITIVE,
+    "train.save_steps": _NOT_NEGATIVE,
+    "train.save_total_limit": _POSITIVE,
+}
+
+
+def _refuse(key: str, got: object, wanted: str) -> NoReturn:
+    raise UserError(f"{key}: got {got!r}, wanted {wanted}. Change it in the config or by --{key}.")
+
+
+def _check_ranges(config: Config) -> None:
+    for key, (wanted, holds) in _RANGES.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if not holds(value) or value == float("inf"):
+            _refuse(key, value, wanted)
+    if isinstance(config.data.name_or_path, list):
+        for source in config.data.name_or_path:
+            if not 0 < source.weight < float("inf"):
+                _refuse(f"data.name_or_path ({source.path}) weight", source.weight, _POSITIVE[0])
+
+
+def _check_loss(loss: LossConfig) -> None:
+    if loss.type not in LOSSES:
+        _refuse("loss.type", loss.type, f"one of {', '.join(LOSSES)}")
+    for option in fields(LossConfig):
+        given = getattr(loss, option.name)
+        if option.name not in ("type", *loss.options) and given != option.default:
+            _refuse(
+                f"loss.{option.name}",
+                given,
+                f"{option.default} (its default), since the {loss.type} loss has no such option",
+            )
+
+
+def resolve(path: str) -> str:
+    """`quickstart/...` names what ships with the package; any other path or id is kept."""
+    if path.startswith("quickstart/") and not Path(path).exists():
+        return str(PACKAGE / path)
+    return path
+
+
+def parse(argv: Sequence[str] | None = None, prog: str = "scripts/train.py") -> Config:
+    """The checked configuration from command-line flags.
+
+    Raises:
+        UserError: an unknown key (with the nearest known ones), a value of the wrong type, or one
+            that cannot be honoured.
+    """
+    import jsonargparse
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False)
+    parser.add_argument("--config", action="config")  # type: ignore[arg-type]
+    parser.add_class_arguments(Config, None)
+    has_config = any(arg == "--config" or arg.startswith("--config=") for arg in argv)
+    if not has_config:
+        argv = ["--config", str(QUICKSTART), *argv]
+        if any(arg.split("=")[0] == "--data.name_or_path" for arg in argv):
+            # Other data: the quickstart's own held-out rows and its ground truth do not apply.
+            argv[2:2] = ["--data.eval_path", "null", "--train.eval_exact_match", "false"]
+            argv[2:2] = ["--train.metric_for_best_model", "null"]
+    try:
+        namespace = parser.parse_args(argv)
+    except jsonargparse.ArgumentError as error:
+        raise UserError(_explain(str(error))) from None
+    sections = parser.instantiate(namespace)
+    config = Config(**{section.name: sections[section.name] for section in fields(Config)})
+    config.check()
+    return config
+
+
+def known_keys() -> list[str]:
+    """Every `section.key`."""
+    return [
+        f"{section.name}.{key.name}"
+        for section in fields(Config)
+        for key in fields(section.default_factory())  # type: ignore[misc,arg-type]
+    ]
+
+
+def _explain(message: str) -> str:
+    """The parser's message, with the nearest known key where it names an unknown one."""
+    unknown = re.search(r"arguments: --([\w.]+)|[Oo]ption '([\w.]+)'", message)
+    if not unknown:
+        return f"configuration: {message}"
+    name = unknown[1] or unknown[2]
+    group = re.search(r"Group '(\w+)'", message)
+    full = f"{group[1]}.{name}" if group else name
+    near = difflib.get_close_matches(full, known_keys(), n=3, cutoff=0.5)
+    hint = f" Nearest: {', '.join(near)}." if near else ""
+    return f"configuration: unknown key {full}.{hint} All keys: scripts/train.py --help. ({message})"
+
+
+def save(config: Config, path: Path) -> None:
+    """Writes every key, so that the run can be repeated from this file alone."""
+    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+
+
+def run(main: Callable[[], object]) -> None:
+    """Runs a script: a user's mistake becomes one message and exit code 2, without a traceback."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,216 @@
+"""Model, tokenizer, quantisation, adapter: from a configuration to a policy that can train.
+
+Two things are made sure of here, because the reference must be what the policy is at step 0. Every
+dropout but LoRA's is set to 0 for both passes, and 4-bit layers never see an evaluation mode.
+
+Left out on purpose: PEFT's `prepare_model_for_kbit_training`. It upcasts the head and the
+embeddings to fp32, which costs memory; our head accumulates in fp32 whatever its weights are.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from dpo.config import Config, LoraConfig, ModelConfig, UserError, resolve
+
+REFERENCE_ADAPTER = "reference"  # the frozen copy of an adapter that the policy starts from
+
+
+@dataclass
+class Policy:
+    """A model that is ready to train.
+
+    Attributes:
+        model: a PEFT model, or a plain one for full fine-tuning.
+        starts_from_adapter: the adapter was loaded, not new; a frozen copy of it lies beside it.
+        notes: what was changed or left out, for the run header.
+    """
+
+    model: nn.Module
+    starts_from_adapter: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model; of the base where an adapter's folder has none."""
+    path = resolve(model.name_or_path)
+    adapter = _adapter_settings(path)
+    if adapter and not (Path(path) / "tokenizer_config.json").exists():
+        path = adapter["base_model_name_or_path"]
+    return _from_hub_or_disk(AutoTokenizer, path, model)
+
+
+def load_policy(config: Config, device: torch.device | str) -> Policy:
+    """Loads the base in the configured type, quantises it, and adds or loads the adapter.
+
+    Raises:
+        UserError: not found, weights missing, an adapter that PEFT cannot place, or one whose
+            reference could not be restored.
+    """
+    path = resolve(config.model.name_or_path)
+    adapter = _adapter_settings(path)
+    if adapter and config.model.adapter == "none":
+        raise UserError(
+            f"model.adapter: got none, but {path} is an adapter. Set model.adapter to lora, or "
+            "merge it first and name the merged model."
+        )
+    base = load_base(config.model, device, adapter["base_model_name_or_path"] if adapter else path)
+    policy = Policy(base)
+    policy.notes += [f"set to 0 in both passes: {name}" for name in zero_dropouts(base)]
+    if getattr(base.config.get_text_config(), "router_aux_loss_coef", None):
+        policy.notes.append("the router's auxiliary loss is left out: DPO alone is minimised")
+    if config.model.adapter == "lora":
+        base.requires_grad_(False)
+        policy.starts_from_adapter = adapter is not None
+        policy.model = (
+            _load_adapter(base, path, config.lora, adapter, policy.notes)
+            if adapter
+            else _new_adapter(base, config)
+        )
+    if config.train.gradient_checkpointing:
+        base.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+    policy.model.train()
+    return policy
+
+
+def load_base(model: ModelConfig, device: torch.device | str, path: str) -> PreTrainedModel:
+    """The base model, quantised as configured, in train mode; every weight must be in the files."""
+    options: dict[str, Any] = {"dtype": "auto" if model.dtype == "auto" else model.dtype}
+    if model.quantization in ("nf4", "fp4"):
+        compute = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=model.quantization,
+            bnb_4bit_compute_dtype=compute,
+        )
+    elif model.quantization == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    transformers_logging.disable_progress_bar()
+    base, info = _from_hub_or_disk(
+        AutoModelForCausalLM,
+        resolve(path),
+        model,
+        device_map={"": str(device)},
+        output_loading_info=True,
+        **options,
+    )
+    if info["missing_keys"]:
+        raise UserError(
+            f"model.name_or_path: {path} lacks weights for {', '.join(sorted(info['missing_keys'])[:5])}"
+            f" ({len(info['missing_keys'])} in all). They would be random. Take a whole checkpoint."
+        )
+    keep_4bit_trainable(base)
+    return base.train()
+
+
+def keep_4bit_trainable(model: nn.Module) -> None:
+    """Keeps bitsandbytes' 4-bit layers in train mode, whatever mode the model is in.
+
+    In eval mode without gradients their CPU kernel repacks the weights in place, for good:
+    afterwards no gradient passes through them and their outputs have moved (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit" and not hasattr(module, "kept_trainable"):
+            module.register_forward_pre_hook(_to_train_mode)
+            module.kept_trainable = True  # type: ignore[assignment]
+
+
+def _to_train_mode(layer: nn.Module, _: Any) -> None:
+    layer.train()
+
+
+def zero_dropouts(model: nn.Module) -> list[str]:
+    """Sets every dropout rate outside LoRA to 0; returns the names of those that were not."""
+    changed = set()
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        for key, value in vars(module).items():
+            is_rate = key == "p" if isinstance(module, nn.Dropout) else "drop" in key
+            if is_rate and isinstance(value, float) and value > 0:
+                setattr(module, key, 0.0)
+                changed.add(f"{type(module).__name__}.{key} {value:g}")
+    return sorted(changed)
+
+
+def _new_adapter(base: PreTrainedModel, config: Config) -> nn.Module:
+    import peft
+
+    lora = config.lora
+    torch.manual_seed(config.train.seed)  # lora_A is random
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        init_lora_weights=lora.init,  # type: ignore[arg-type]
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+    )
+    try:
+        return peft.get_peft_model(base, settings)
+    except ValueError as error:
+        raise UserError(
+            f"lora.target_modules: got {lora.target_modules!r}, which PEFT cannot place: {error} "
+            "Name linear layers of this model, or all-linear."
+        ) from None
+
+
+def _load_adapter(
+    base: PreTrainedModel, path: str, lora: LoraConfig, settings: dict[str, Any], notes: list[str]
+) -> nn.Module:
+    """The adapter to train on, and beside it the same adapter again, frozen: the reference."""
+    import peft
+
+    if settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none":
+        raise UserError(
+            f"model.name_or_path: the adapter in {path} is {settings.get('peft_type')} with bias "
+            f"{settings.get('bias')!r}, wanted LORA with bias 'none': PEFT cannot switch the others "
+            "off exactly, so there would be no reference. Merge it and start from the merged model."
+        )
+    loaded = peft.PeftConfig.from_pretrained(path)
+    loaded.lora_dropout = lora.dropout  # type: ignore[attr-defined]
+    notes.append(
+        f"adapter from {path}: r {settings['r']}, alpha {settings['lora_alpha']}; of lora.*, only "
+        "dropout is used"
+    )
+    model = peft.PeftModel.from_pretrained(base, path, is_trainable=True, config=loaded)
+    frozen = peft.PeftConfig.from_pretrained(path)
+    model.load_adapter(path, REFERENCE_ADAPTER, is_trainable=False, peft_config=frozen)
+    model.set_adapter("default")
+    return model
+
+
+def _adapter_settings(path: str) -> dict[str, Any] | None:
+    """adapter_config.json, if `path` is a PEFT folder."""
+    file = Path(path) / "adapter_config.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _from_hub_or_disk(loader: Any, path: str, model: ModelConfig, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(
+            path, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.name_or_path: got {path!r}, which is neither a model folder nor to be had from "
+            f"the hub ({type(error).__name__}: {first_line}). Check the name, model.revision, the "
+            "network, and your access to it."
+        ) from error

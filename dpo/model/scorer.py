@@ -1,0 +1,204 @@
+"""Scorer: Stream -> token log-probs. The module that Accelerate wraps.
+
+Decoder and head both run inside `forward`, and only log-probs leave it: DDP's hooks, FSDP's gathers
+and Accelerate's cast of outputs then have nothing to get wrong, and no (tokens, vocab) tensor exists.
+
+Two layouts stand behind the same contract. `shared` runs the stream as it is, through the
+two-segment attention. `padded` is for models that this attention cannot serve (recurrent or hybrid
+layers, soft-capped attention, attention sinks, multi-axis positions): every answer becomes a row of
+its own, prompt included, padded on the right, through the model's own attention.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from dpo.config import UserError
+from dpo.data.stream import Stream, build_stream
+from dpo.logps import token_logps
+from dpo.model.attention import KEYWORD, Layout, use_two_segment_attention
+from dpo.model.load import keep_4bit_trainable
+
+# Two answers of unlike length that share an opening; small ids, which every vocabulary has.
+_PROBE = ([1, 2, 3, 4], [5, 6, 7], [5, 7, 6, 8, 9])
+
+
+class Scorer(nn.Module):
+    """Token log-probs of both answers of every pair under a Hugging Face decoder (PEFT or plain).
+
+    Args:
+        model: a causal LM, or a PEFT model around one.
+        attention: `auto` takes `shared` where the model can and `padded` elsewhere.
+
+    Attributes:
+        layout: `shared` or `padded`; `layout_reason` says why.
+
+    Raises:
+        UserError: `shared` was asked for and cannot be; or the model's head is not one that
+            `token_logps` computes, so its log-probs would be wrong.
+    """
+
+    def __init__(
+        self, model: nn.Module, attention: Literal["auto", "shared", "padded"] = "auto"
+    ) -> None:
+        super().__init__()
+        self.model = model
+        keep_4bit_trainable(model)
+        causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+        assert isinstance(causal_lm, PreTrainedModel)
+        # Kept out of the module tree (a tuple hides them), or every weight would be listed twice.
+        self._parts = (causal_lm, causal_lm.base_model, _plain_head(causal_lm))
+        self._logit_scale, self._softcap = _logit_transform(causal_lm.config.get_text_config())
+        self._no_split_modules = causal_lm._no_split_modules  # read by FSDP's wrapping policy
+
+        was_training = model.training
+        self.eval()  # the probes compare two passes: no LoRA dropout
+        obstacle = "" if attention == "padded" else self._obstacle_to_sharing()
+        if attention == "shared" and obstacle:
+            raise UserError(
+                f"model.attention: got shared, but this model cannot share prompts: {obstacle}. "
+                "Set model.attention to auto or padded."
+            )
+        self.layout: Literal["shared", "padded"] = (
+            "padded" if attention == "padded" or obstacle else "shared"
+        )
+        self.layout_reason = obstacle or ("as configured" if attention != "auto" else "")
+        self._check_head()
+        self.train(was_training)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings lie, and so where a stream must be."""
+        return self._parts[0].get_input_embeddings().weight.device  # type: ignore[union-attr]
+
+    def forward(self, stream: Stream) -> Float[Tensor, " scored"]:
+        """Log-prob of every target, (scored,) nats, fp32.
+
+        An empty stream gives (0,), still with a graph to every parameter: under DDP a rank without
+        pairs must take part in the step's gradient reduction.
+        """
+        if not stream.num_pairs:
+            lonely = build_stream([([0], [0], [0])]).to(stream.input_ids.device)
+            return self(lonely)[:0]
+        states = self._shared_states if self.layout == "shared" else self._padded_states
+        head = self._parts[2]
+        return token_logps(
+            states(stream).to(head.weight.dtype),
+            head.weight,
+            stream.targets,
+            head.bias,
+            logit_scale=self._logit_scale,
+            softcap=self._softcap,
+        )
+
+    def _shared_states(self, stream: Stream) -> Float[Tensor, "scored hidden"]:
+        return self._backbone_states(stream, Layout(stream.segments))[stream.predictors]
+
+    def _backbone_states(self, stream: Stream, layout: Layout) -> Float[Tensor, "tokens hidden"]:
+        output = self._parts[1](
+            input_ids=stream.input_ids[None],
+            position_ids=stream.position_ids[None],
+            use_cache=False,
+            **{KEYWORD: layout},
+        )
+        return output.last_hidden_state[0]
+
+    def _padded_states(self, stream: Stream) -> Float[Tensor, "scored hidden"]:
+        index, lengths = _padded_rows(stream)
+        mask = torch.arange(index.shape[1], device=index.device) < lengths[:, None]
+        output = self._parts[1](
+            input_ids=stream.input_ids[index], attention_mask=mask.long(), use_cache=False
+        )
+        return output.last_hidden_state[stream.sequence_ids, stream.position_ids[stream.predictors]]
+
+    def _obstacle_to_sharing(self) -> str:
+        """Why the two-segment attention cannot serve this model; "" when it can."""
+        causal_lm, backbone, _ = self._parts
+        config = causal_lm.config.get_text_config()
+        layer_types = set(getattr(config, "layer_types", None) or [])
+        other = layer_types - {"full_attention", "sliding_attention"}
+        if other:
+            return f"it has {', '.join(sorted(other))} layers"
+        if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+            return "its positions have several axes"
+        use_two_segment_attention(backbone)
+        stream = build_stream([_PROBE]).to(self.device)
+        layout = Layout(stream.segments)
+        try:
+            with torch.no_grad():
+                self._backbone_states(stream, layout)
+        except Exception as error:  # any model's code may fail in any way on what it does not know
+            return f"its forward refuses the layout ({type(error).__name__}: {error})"
+        if layout.num_calls != config.num_hidden_layers:
+            return (
+                f"the layout reached {layout.num_calls} attention calls in "
+                f"{config.num_hidden_layers} layers"
+            )
+        if layout.not_honoured:
+            return f"its attention uses {', '.join(sorted(layout.not_honoured))}"
+        return ""
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Compares our head with the model's own logits on a few tokens: families differ in scale."""
+        causal_lm, backbone, head = self._parts
+        ids = torch.tensor([_PROBE[0] + _PROBE[1]], device=self.device)
+        states = backbone(input_ids=ids, use_cache=False).last_hidden_state[0].to(head.weight.dtype)
+        targets = ids[0].roll(-1)
+        ours = token_logps(
+            states,
+            head.weight,
+            targets,
+            head.bias,
+            logit_scale=self._logit_scale,
+            softcap=self._softcap,
+        )
+        logits = causal_lm(input_ids=ids, use_cache=False).logits[0].float()
+        theirs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        worst = (ours - theirs).abs().max().item()
+        # Half-precision logits of the model's own head are off by about their last bit.
+        allowed = 1e-3 + torch.finfo(head.weight.dtype).eps * 4 * logits.abs().max().item()
+        if not worst <= allowed:
+            raise UserError(
+                f"model: the head of {type(causal_lm).__name__} computes other logits than "
+                f"logit_scale x softcap(hidden @ weight.T + bias): {worst:.3g} nats off, wanted at "
+                f"most {allowed:.3g}. This model cannot be trained here."
+            )
+
+
+def _plain_head(causal_lm: PreTrainedModel) -> nn.Linear:
+    head = causal_lm.get_output_embeddings()
+    if isinstance(head, nn.Linear) and type(head).__module__.startswith("torch."):
+        return head
+    raise UserError(
+        f"model: the output head is a {type(head).__name__}, wanted a plain Linear: an adapter on "
+        "the head, or a quantised head, is not scored here. Take lm_head out of "
+        "lora.target_modules and of the adapter's modules_to_save."
+    )
+
+
+def _logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """Logit scale and soft-cap, under the names that model families give them."""
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return scale, getattr(config, "final_logit_softcapping", None)  # Gemma 2
+
+
+def _padded_rows(
+    stream: Stream,
+) -> tuple[Int[Tensor, "sequences longest"], Int[Tensor, " sequences"]]:
+    """For each answer, the stream indices of its own row (padding: index 0), and the row lengths."""
+    rows: list[list[int]] = []
+    for segment in stream.segments:
+        shared = range(segment.start, segment.start + segment.shared)
+        chosen = range(shared.stop, shared.stop + segment.chosen)
+        rejected = range(chosen.stop, segment.end)
+        rows += [[*shared, *chosen], [*shared, *rejected]]
+    longest = max(map(len, rows))
+    device = stream.input_ids.device
+    index = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+    return index, torch.tensor([len(row) for row in rows], device=device)
