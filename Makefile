@@ -1,4 +1,4 @@
-# `make train` and `make test` set up everything on a fresh machine with Python 3.10 to 3.13.
+# `make train` and `make test` set up everything on a fresh machine with Python 3.11 or newer.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt

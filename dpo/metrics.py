@@ -64,6 +64,14 @@ class RunningMeans:
 
         `all_reduce` sums a tensor over ranks; every rank must call.
         """
-        *sums, count = all_reduce(self._sums).tolist()
+        *sums, count = self.state(all_reduce)
         self._sums.zero_()
         return {name: total / count for name, total in zip(METRICS, sums, strict=True) if count}
+
+    def state(self, all_reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> list[float]:
+        """The sums over all ranks, to `load` on one of them after a resume; every rank must call."""
+        return all_reduce(self._sums.clone()).tolist()
+
+    def load(self, state: list[float]) -> None:
+        """Goes on from saved sums."""
+        self._sums.copy_(torch.tensor(state, dtype=torch.float64))

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 
+torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -313,3 +313,21 @@ def _answers(preference: Preference) -> tuple[Any, Any, Any]:
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def stop_ids(
+    model: Any, tokenizer: PreTrainedTokenizerBase, template: str | None
+) -> list[int]:
+    """Tokens that end an answer: EOS, the model's own list, and the template's turn end."""
+    own = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    if template:
+        chat = ChatTokenizer(tokenizer, template, Limits(1, 2, "truncate"), Audit())
+        answered = Preference(
+            kind="messages",
+            prompt=[{"role": "user", "content": "a"}],
+            chosen=[{"role": "assistant", "content": "b"}],
+            rejected=[],
+        )
+        stops.add(chat._end_turn(chat._encode_neutralised(answered, answered.chosen), 0)[-1])
+    return sorted(stop for stop in stops if stop is not None)

@@ -158,23 +158,19 @@ def _kind(value: object) -> str:
         return "message list"
     if _is_object(first) and {"from", "value"} <= first.keys():
         return "from/value turns"
-    return (
-        "object with messages"
-        if _is_object(value) and "messages" in value
-        else type(value).__name__
-    )
+    if _is_object(value) and "messages" in value:
+        return "object with messages"
+    return type(value).__name__
 
 
 def _from_orca(row: RawRow) -> Preference:
     """Intel/orca_dpo_pairs; its raw files call the answers after the models that wrote them."""
     if not (question := _text(row, "question")).strip():
         raise RowError("empty prompt", "'question' is empty")
-    return Preference(
-        kind="messages",
-        prompt=[*_system(row), _message("user", question)],
-        chosen=[_message("assistant", _answer_text(row, "chosen", "chatgpt"))],
-        rejected=[_message("assistant", _answer_text(row, "rejected", "llama2-13b-chat"))],
-    )
+    chosen = _answer_text(row, "chosen", "chatgpt")
+    rejected = _answer_text(row, "rejected", "llama2-13b-chat")
+    answers = ([_message("assistant", text)] for text in (chosen, rejected))
+    return _preference(row, [_message("user", question)], *answers)
 
 
 def _from_text(row: RawRow) -> Preference:
@@ -198,7 +194,7 @@ def _from_hh_rlhf(row: RawRow) -> Preference:
     chosen, rejected = (
         _answer(_transcript(_answer_text(row, name), name), name) for name in ("chosen", "rejected")
     )
-    return _preference(*_split(chosen, rejected))
+    return _preference(row, *_split(chosen, rejected))
 
 
 def _from_ultrafeedback(row: RawRow) -> Preference:
@@ -213,7 +209,7 @@ def _from_ultrafeedback(row: RawRow) -> Preference:
     asked = [turn["content"].strip() for turn in prompt if turn["role"] == "user"]
     if question.strip() and question.strip() not in asked:
         raise RowError("prompt contradicts the messages", "'prompt' is no user turn of the lists")
-    return _preference(prompt, chosen, rejected)
+    return _preference(row, prompt, chosen, rejected)
 
 
 def _from_conversational(row: RawRow) -> Preference:
@@ -225,7 +221,7 @@ def _from_conversational(row: RawRow) -> Preference:
         prompt, chosen, rejected = _split(chosen, rejected)
     elif chosen[:first] == prompt == rejected[:first] and chosen[first:] and rejected[first:]:
         chosen, rejected = chosen[first:], rejected[first:]  # some files give the prompt twice
-    return _preference(prompt, chosen, rejected, tools=_tools(row))
+    return _preference(row, prompt, chosen, rejected)
 
 
 def _from_openai(row: RawRow) -> Preference:
@@ -235,18 +231,16 @@ def _from_openai(row: RawRow) -> Preference:
         raise _MisshapenError(f"'input' holds {type(asked).__name__}, wanted an object")
     sides = ("preferred_output", "non_preferred_output")
     chosen, rejected = (_answer(_messages(row, name), name) for name in sides)
-    return _preference(_messages(asked, "messages"), chosen, rejected, tools=_tools(asked))
+    return _preference(asked, _messages(asked, "messages"), chosen, rejected)
 
 
 def _from_sharegpt(row: RawRow) -> Preference:
-    """`conversations` are from/value turns, each answer is one such turn; `system` may be text."""
+    """`conversations` are from/value turns, and each answer is one such turn."""
     prompt, *answers = (
         _messages(row, name, keys=("from", "value"))
         for name in ("conversations", "chosen", "rejected")
     )
-    if not (prompt and prompt[0]["role"] == "system"):
-        prompt = [*_system(row), *prompt]
-    return _preference(prompt, *map(_answer, answers, ("chosen", "rejected")), tools=_tools(row))
+    return _preference(row, prompt, *map(_answer, answers, ("chosen", "rejected")))
 
 
 def _answer(messages: list[Message], name: str) -> list[Message]:
@@ -276,18 +270,21 @@ def _split(
 
 
 def _preference(
-    prompt: list[Message],
-    chosen: list[Message],
-    rejected: list[Message],
-    tools: list[dict[str, Any]] | None = None,
+    row: RawRow, prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> Preference:
+    """Check the parts, and add what the columns `system` (text) and `tools` of the row may hold."""
+    system = _text(row, "system") if "system" in row else ""
+    if system.strip() and not (prompt and prompt[0]["role"] in SYSTEM_ROLES):
+        prompt = [_message("system", system), *prompt]
     asking = (*SYSTEM_ROLES, "user")
     if not any(turn["role"] in asking and turn["content"].strip() for turn in prompt):
         raise RowError("empty prompt", "no system or user message comes before the answers")
     for answer in (chosen, rejected):
         if (role := answer[0]["role"]) != "assistant":
             raise RowError("answer does not begin with the assistant", f"it begins with {role}")
-    return Preference(kind="messages", prompt=prompt, chosen=chosen, rejected=rejected, tools=tools)
+    return Preference(
+        kind="messages", prompt=prompt, chosen=chosen, rejected=rejected, tools=_tools(row)
+    )
 
 
 def _column(row: RawRow, name: str) -> Any:
@@ -345,11 +342,6 @@ def _message(role: str, content: str) -> Message:
     if role not in ROLES:
         raise RowError("unknown role", f"{role!r} is none of {', '.join(ROLES)}")
     return {"role": role, "content": content}
-
-
-def _system(row: RawRow) -> list[Message]:
-    system = _text(row, "system") if "system" in row else ""
-    return [_message("system", system)] if system.strip() else []
 
 
 def _content(value: object, name: str) -> str:

@@ -40,7 +40,7 @@ TRAIN_ROWS, EVAL_ROWS = 2000, 200
 # Under one half, so that greedy decoding mostly shows the mistake; close to one half, so that the
 # right answer stays well known.
 RIGHT_SHARE = 0.48
-SFT_STEPS, SFT_BATCH, SFT_LR, SFT_WARMUP = 3000, 64, 2e-3, 200
+SFT_STEPS, SFT_BATCH, SFT_LR, SFT_WARMUP = 3000, 48, 3e-3, 200
 
 # Room for every word below as a single token: copying an answer is then one step.
 VOCAB_SIZE = 1280
@@ -62,22 +62,17 @@ SYSTEMS = [
     "You are an AI assistant that helps people find information.",
 ]
 WORDS = """
-anchor apple arrow artist autumn bakery basket bicycle bird blanket boat bottle branch bread bridge
-brush bucket butter button cabin camera candle carpet castle cellar chain cherry circle cloud coffee
-copper corner cotton cradle curtain desert diamond doctor dolphin donkey dragon drawer dream eagle
-earth echo elbow engine evening expert family farmer feather fence ferry field finger flower forest
-fountain garden ginger glass glove grape guitar hammer harbor harvest helmet hill honey horse hotel
-insect island ivory jacket jewel journey juice jungle kettle king kitchen kitten knight ladder lake
-lantern lawyer leaf lemon letter library lizard magnet maple market meadow melon mirror monkey
-morning mountain museum needle nephew night notebook ocean office olive onion orange orchard oven
-paint palace paper parrot pebble pencil pepper piano pillow planet pocket potato quarter queen quilt
-rabbit radio railway ribbon river rocket saddle sailor salad school season shadow shirt silver snow
-soldier spoon station stone storm sugar summer table teacher temple ticket tiger timber tower tunnel
-turtle uncle uniform valley velvet village violin voyage wagon walnut water weather whale window
-winter wizard yard yellow zebra zipper
+anchor apple artist autumn basket bicycle blanket boat branch bread brush bucket button cabin
+candle carpet cellar chain circle cloud copper corner cradle curtain diamond doctor donkey dragon
+dream eagle echo elbow evening expert farmer feather ferry field flower forest garden ginger glove
+grape hammer harbor helmet hill horse hotel island ivory jewel journey jungle kettle kitchen kitten
+ladder lake lawyer leaf letter library magnet maple meadow melon monkey morning museum needle night
+notebook office olive orange orchard paint palace parrot pebble pepper piano planet pocket quarter
+queen rabbit radio ribbon river saddle sailor school season shirt silver soldier spoon stone storm
+summer table temple ticket timber tower turtle uncle valley velvet violin voyage walnut water whale
+window wizard yard zebra zipper
 """.split()
-THINGS = "ball bag bowl box car chair coat cup door hat house lamp plate scarf shoe wall".split()
-COLOURS = "black blue brown gold green grey pink purple red white".split()
+THINGS = "ball bag bowl box car chair coat cup desk hat house lamp plate scarf shoe vase".split()
 NAMES = """
 Adam Alice Anna Ben Carla Clara David Emma Eric Eva Frank Grace Helen Ivan Jack Julia Karl Laura Leo
 Lucy Maria Mark Nina Oscar Paul Peter Rosa Sam Sara Simon Tom Vera
@@ -117,39 +112,17 @@ def last_word(rng: random.Random) -> Exercise:
     )
 
 
-def following_word(rng: random.Random) -> Exercise:
+def first_word(rng: random.Random) -> Exercise:
     words = rng.sample(WORDS, rng.randint(4, 6))
-    place = rng.randrange(1, len(words) - 1)
     question = rng.choice(
         [
-            "Which word comes right after {word} in this list: {items}?",
-            "Here is a list of words: {items}. Which word follows {word}?",
-            "Look at these words: {items}. Name the word right after {word}.",
+            "What is the first word in this list: {}?",
+            "Here is a list of words: {}. Which word is the first one?",
+            "Tell me the first of these words: {}.",
         ]
-    ).format(word=words[place], items=", ".join(words))
-    answer = f"The word after {words[place]} is {{}}."
-    return Exercise(
-        frozenset(words), question, answer.format(words[place + 1]), answer.format(words[place - 1])
-    )
-
-
-def initial_letter(rng: random.Random) -> Exercise:
-    words = rng.sample(WORDS, rng.randint(3, 5))
-    while len({word[0] for word in words}) < len(words):
-        words = rng.sample(WORDS, len(words))
-    place = rng.randrange(len(words) - 1)
-    letter = words[place][0]
-    question = rng.choice(
-        [
-            "Which of these words begins with the letter {letter}: {items}?",
-            "Here is a list of words: {items}. Which one starts with the letter {letter}?",
-            "Find the word that begins with the letter {letter}: {items}.",
-        ]
-    ).format(letter=letter, items=", ".join(words))
-    answer = f"The word that begins with {letter} is {{}}."
-    return Exercise(
-        frozenset(words), question, answer.format(words[place]), answer.format(words[place + 1])
-    )
+    ).format(", ".join(words))
+    answer = "The first word is {}."
+    return Exercise(frozenset(words), question, answer.format(words[0]), answer.format(words[1]))
 
 
 def number_of_words(rng: random.Random) -> Exercise:
@@ -164,24 +137,6 @@ def number_of_words(rng: random.Random) -> Exercise:
     answer = "The list has {} words."
     return Exercise(
         frozenset(words), question, answer.format(len(words)), answer.format(len(words) + 1)
-    )
-
-
-def colour(rng: random.Random) -> Exercise:
-    things, colours = rng.sample(THINGS, 3), rng.sample(COLOURS, 3)
-    place = rng.randrange(1, 3)
-    parts = [f"the {thing} is {shade}" for thing, shade in zip(things, colours, strict=True)]
-    statement = f"{parts[0]}, {parts[1]} and {parts[2]}."
-    question = rng.choice(
-        [
-            "In this picture {statement} What colour is the {thing}?",
-            "You know that {statement} Which colour does the {thing} have?",
-            "At home {statement} Tell me the colour of the {thing}.",
-        ]
-    ).format(statement=statement, thing=things[place])
-    answer = f"The {things[place]} is {{}}."
-    return Exercise(
-        frozenset(parts), question, answer.format(colours[place]), answer.format(colours[0])
     )
 
 
@@ -204,6 +159,25 @@ def older_person(rng: random.Random) -> Exercise:
     )
 
 
+def cheaper_thing(rng: random.Random) -> Exercise:
+    things, prices = rng.sample(THINGS, 2), rng.sample(range(10, 100), 2)
+    question = rng.choice(
+        [
+            "The {0} costs {2} dollars and the {1} costs {3} dollars. Which one is cheaper?",
+            "In the shop the {0} is {2} dollars and the {1} is {3} dollars. Which is cheaper?",
+            "You pay {2} dollars for the {0} and {3} dollars for the {1}. Which one is cheaper?",
+        ]
+    ).format(*things, *prices)
+    answer = "The cheaper one is the {}."
+    cheaper = prices.index(min(prices))
+    return Exercise(
+        frozenset(zip(things, prices, strict=True)),
+        question,
+        answer.format(things[cheaper]),
+        answer.format(things[1 - cheaper]),
+    )
+
+
 def day_after(rng: random.Random) -> Exercise:
     day, (first, second) = rng.randrange(7), rng.sample(EVENTS, 2)
     question = rng.choice(
@@ -222,13 +196,28 @@ def day_after(rng: random.Random) -> Exercise:
     )
 
 
+def next_age(rng: random.Random) -> Exercise:
+    name, age = rng.choice(NAMES), rng.randrange(11, 99)
+    question = rng.choice(
+        [
+            "Today {name} is {age} years old. How old will {name} be in a year?",
+            "This year {name} turned {age}. What will be the age of {name} next year?",
+            "If {name} is {age} now, how old is {name} one year later?",
+        ]
+    ).format(name=name, age=age)
+    answer = f"In a year {name} will be {{}}."
+    return Exercise(
+        frozenset({name, age}), question, answer.format(age + 1), answer.format(age - 1)
+    )
+
+
 KINDS = [
+    first_word,
     last_word,
-    following_word,
-    initial_letter,
     number_of_words,
-    colour,
     older_person,
+    cheaper_thing,
+    next_age,
     day_after,
 ]
 
@@ -340,7 +329,7 @@ def build_model(out: Path) -> None:
         MistralConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
-            intermediate_size=384,
+            intermediate_size=256,
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -369,7 +358,12 @@ def build_model(out: Path) -> None:
             exercise = next(stream)
             answer = exercise.right if rng.random() < RIGHT_SHARE else exercise.wrong
             examples.append(chat_ids(tokenizer, rng.choice(SYSTEMS), exercise.question, answer))
-        loss = model(**collate(examples, tokenizer.pad_token_id)).loss
+        batch = collate(examples, tokenizer.pad_token_id)
+        labels = batch["labels"][:, 1:]
+        answered = labels != -100
+        # Logits only where the answer is predicted: a quarter less time per step.
+        hidden = model.model(batch["input_ids"]).last_hidden_state[:, :-1][answered]
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[answered])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

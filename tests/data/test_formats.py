@@ -539,6 +539,20 @@ def test_histories_that_part_before_the_assistant_speaks_are_dropped(rejected):
     assert reason(row, "conversational") == "diverging histories"
 
 
+@pytest.mark.parametrize(
+    ("name", "row"), [("conversational", IMPLIED), ("ultrafeedback", ULTRAFEEDBACK)]
+)
+def test_a_system_column_opens_the_prompt_unless_a_system_turn_does(name, row):
+    assert to_preference({**row, "system": "Be brief."}, name).prompt == [
+        system("Be brief."),
+        user("Name a river."),
+    ]
+    sides = {side: [system(SYSTEM), *row[side]] for side in ("chosen", "rejected")}
+    row = {**row, **sides, "system": "Be brief.", "tools": [WEATHER]}
+    assert to_preference(row, name).prompt == [system(SYSTEM), user("Name a river.")]
+    assert to_preference(row, name).tools == [WEATHER]
+
+
 # openai
 
 

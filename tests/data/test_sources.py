@@ -7,6 +7,7 @@ import sys
 
 import datasets
 import pytest
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from dpo.config import UserError
@@ -23,7 +24,7 @@ WANTED = "Wanted one object a line, or in a .json file one list of objects. Corr
 @pytest.fixture(autouse=True)
 def _quiet_datasets(tmp_path, monkeypatch):
     """Keep the Arrow cache of `datasets` inside the test, and its progress bars away."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
 
 
@@ -282,7 +283,7 @@ def test_a_saved_dataset_is_read_in_plain_python_objects(table, tmp_path):
 
 def test_a_saved_dataset_dict_gives_the_split_that_was_asked_for(table, tmp_path):
     path = str(tmp_path / "saved")
-    datasets.DatasetDict(train=table, test=table.select([2])).save_to_disk(path)
+    datasets.DatasetDict({"train": table, "test": table.select([2])}).save_to_disk(path)
     assert len(open_source(path)) == 3
     assert list(open_source(path, split="test")) == [Row(1, FILLED[2])]
     expected = f"{path} has no split 'val'. Set data.split to one of: train, test."
@@ -353,7 +354,7 @@ def test_a_hub_id_is_loaded_with_the_options_and_nothing_else(table, monkeypatch
 @pytest.mark.parametrize(
     "error",
     [
-        datasets.exceptions.DatasetNotFoundError("Dataset 'no/set' doesn't exist on the Hub"),
+        DatasetNotFoundError("Dataset 'no/set' doesn't exist on the Hub"),
         OfflineModeIsEnabled("Cannot reach the Hub: offline mode is enabled."),
         ConnectionError("Couldn't reach 'no/set' on the Hub (OfflineModeIsEnabled)"),
         ValueError("Unknown split \"train\". Should be one of ['test']."),
@@ -374,9 +375,7 @@ def test_a_hub_failure_is_a_user_error_with_id_cause_and_remedy(monkeypatch, err
 
 def test_the_cause_of_a_failed_generation_is_told(monkeypatch):
     def load_dataset(*_, **__):
-        raise datasets.exceptions.DatasetGenerationError("An error occurred") from OSError(
-            "disk full"
-        )
+        raise DatasetGenerationError("An error occurred") from OSError("disk full")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert "(disk full)" in refusal("some/set")

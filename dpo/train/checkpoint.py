@@ -1,0 +1,197 @@
+"""Run folders and checkpoints: what is written, and what is believed when it is read back.
+
+A checkpoint is the trained weights (PEFT's or transformers' files), the optimizer, and `state.json`.
+The order of the pairs, the dropout and the learning rate are pure functions of the step and need no
+state. It is written aside and renamed when complete, before any older one is deleted, with a
+manifest of sha256 sums: safetensors and torch.load both read a flipped byte without a word.
+
+Left out on purpose: Accelerate's `save_state`. It writes the whole base, does not load again with
+NF4, and pickles its random states.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import nn
+
+from dpo.config import Config, UserError
+
+# May differ between a run and its continuation: they do not change what is computed.
+_FREE_KEYS = (
+    "train.output_dir train.resume train.report_to train.save_steps train.save_total_limit "
+    "train.logging_steps train.eval_steps train.eval_prompts train.eval_max_new_tokens "
+    "train.eval_exact_match train.metric_for_best_model train.tokens_per_microbatch "
+    # Their product with the number of ranks is compared instead, by the trainer.
+    "train.per_device_train_batch_size train.gradient_accumulation_steps"
+).split()
+
+
+def prepare_run_folder(config: Config) -> Path | None:
+    """Makes the run folder; returns the checkpoint to go on from, None for a fresh start.
+
+    A run that is not continued is renamed to `NAME.old-1` and so on; nothing is deleted.
+
+    Raises:
+        UserError: the run is finished, its checkpoint is damaged, or the configuration changed.
+    """
+    folder, resume = Path(config.train.output_dir), config.train.resume
+    checkpoint = None
+    if resume not in ("auto", "never"):
+        checkpoint = Path(resume)
+        if not (checkpoint / "state.json").exists():
+            raise UserError(
+                f"train.resume: got {resume!r}, wanted auto, never, or a checkpoint folder (one with "
+                "a state.json)."
+            )
+    elif (folder / "config.yaml").exists():
+        checkpoints = list_checkpoints(folder)
+        if resume == "auto" and (folder / "summary.json").exists():
+            raise UserError(
+                f"train.output_dir: {folder} holds a finished run. Name another folder, or set "
+                "train.resume to never: the old run is then put aside."
+            )
+        if resume == "auto" and checkpoints:
+            checkpoint = checkpoints[-1]
+        else:
+            _put_aside(folder)
+    if checkpoint:
+        verify(checkpoint)
+        _check_same_config(config, checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    return checkpoint
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete `checkpoint-N` of a run, oldest first."""
+    found = (p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit())
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Writes `checkpoint-{step}` and then deletes all but the newest `keep`; one process calls it."""
+    unfinished, checkpoint = folder / f".checkpoint-{step}", folder / f"checkpoint-{step}"
+    for stale in (unfinished, checkpoint):
+        shutil.rmtree(stale, ignore_errors=True)
+    save_weights(model, unfinished)
+    torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
+    (unfinished / "state.json").write_text(json.dumps({"step": step, **state}))
+    (unfinished / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    manifest = {str(path.relative_to(unfinished)): _sha256(path) for path in _files(unfinished)}
+    (unfinished / "manifest.json").write_text(json.dumps(manifest))
+    os.rename(unfinished, checkpoint)
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return checkpoint
+
+
+def load_checkpoint(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Puts weights and optimizer back where they were; returns the saved state."""
+    if hasattr(model, "peft_config"):
+        import peft
+
+        weights = load_file(checkpoint / "adapter_model.safetensors")
+        peft.set_peft_model_state_dict(model, weights, adapter_name="default")
+    else:
+        weights = {k: v for f in sorted(checkpoint.glob("*.safetensors")) for k, v in load_file(f).items()}
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        assert not unexpected
+        assert all("lm_head" in name for name in missing)  # tied to the embeddings, stored once
+    state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state)
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def verify(checkpoint: Path) -> None:
+    """Compares every file with the manifest.
+
+    Raises:
+        UserError: naming the damaged or missing file.
+    """
+    manifest = checkpoint / "manifest.json"
+    sums = json.loads(manifest.read_text()) if manifest.exists() else {"manifest.json": ""}
+    for name, expected in sums.items():
+        file = checkpoint / name
+        if not file.exists() or _sha256(file) != expected:
+            raise UserError(
+                f"{file} is {'damaged' if file.exists() else 'missing'}: the checkpoint cannot be "
+                "trusted. Delete that checkpoint folder to go on from the one before it."
+            )
+
+
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """Writes the adapter in PEFT's format, or the whole model, and reads it back to compare.
+
+    Raises:
+        RuntimeError: what lies on the disk is not what was trained.
+    """
+    if hasattr(model, "peft_config"):
+        import peft
+
+        model.save_pretrained(  # type: ignore[operator]
+            folder, selected_adapters=["default"], save_embedding_layers=False
+        )
+        live = peft.get_peft_model_state_dict(
+            model, adapter_name="default", save_embedding_layers=False
+        )
+    else:
+        model.save_pretrained(folder)  # type: ignore[operator]
+        live = model.state_dict()
+    written = {
+        name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    same = all(torch.equal(tensor, live[name].cpu()) for name, tensor in written.items())
+    if not written or not same or len(written) < len(trained):
+        raise RuntimeError(
+            f"{folder}: read back {len(written)} tensors, wanted {len(trained)} or more, equal to "
+            "those in memory. Check the disk."
+        )
+
+
+def _check_same_config(config: Config, checkpoint: Path) -> None:
+    old, new = (
+        {f"{section}.{key}": value for section, keys in nested.items() for key, value in keys.items()}
+        for nested in (yaml.safe_load((checkpoint / "config.yaml").read_text()), asdict(config))
+    )
+    changed = [key for key in new if key not in _FREE_KEYS and old.get(key) != new[key]]
+    if changed:
+        listed = ", ".join(f"{key} (was {old.get(key)!r}, is {new[key]!r})" for key in changed)
+        raise UserError(
+            f"train.resume: {checkpoint} was trained with another configuration: {listed}. Set it "
+            "back, or set train.resume to never: the old run is then put aside."
+        )
+
+
+def _put_aside(folder: Path) -> None:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

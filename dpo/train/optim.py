@@ -1,0 +1,53 @@
+"""The optimizer, and its learning rate as a pure function of the step.
+
+No scheduler object: there is no state of one to save, and Accelerate would step a prepared one once
+per process. Left out on purpose: fused variants and parameter groups beyond weight decay.
+"""
+
+import math
+import warnings
+
+import torch
+from torch import nn
+
+from dpo.config import OptimConfig
+
+
+def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
+    """The learning rate of optimizer step `step`, counted from 0.
+
+    Rises linearly from 0 over `warmup_steps`, then falls to 0 at `total_steps` (cosine, linear) or
+    stays (constant): the schedules of transformers' `get_scheduler`.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    remaining = max(1, total_steps - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / remaining)
+    factor = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+    }[config.lr_scheduler_type]
+    return config.learning_rate * factor
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over the parameters that train; weight decay spares vectors (norms and biases)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate)
+    import bitsandbytes
+
+    optimizer = {
+        "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+    }[config.name]
+    with warnings.catch_warnings():  # on a CPU it runs unpaged; the run header says so
+        warnings.simplefilter("ignore")
+        return optimizer(groups, lr=config.learning_rate)

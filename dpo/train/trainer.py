@@ -1,0 +1,476 @@
+"""The loop: from a configuration to a trained adapter, log-probs to a step.
+
+Everything is counted once and globally. A step is `per_device_train_batch_size x
+gradient_accumulation_steps x ranks` pairs, drawn by a pure function of (seed, step). The losses of
+its pairs are summed over micro-batches and ranks and divided by the number of pairs in the whole
+step, so every split into micro-batches, every number of ranks and every short last step gives one
+gradient.
+
+Left out on purpose: callbacks, and Accelerate's accumulation, schedulers, samplers and
+`save_state`: each of them scales, orders or restores something in a way that would have to be undone.
+"""
+
+import json
+import math
+import os
+import resource
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
+from torch import Tensor
+
+from dpo.config import Config, UserError, save
+from dpo.data.loader import balance, load_data, micro_batches, step_indices
+from dpo.data.stream import Stream, TokenizedPair, build_stream
+from dpo.losses import LOSSES, PairLogps
+from dpo.metrics import RunningMeans, pair_metrics
+from dpo.model.load import load_policy, load_tokenizer
+from dpo.model.reference import build_reference, choose_mode
+from dpo.model.scorer import Scorer
+from dpo.show.evaluate import Evaluator, pair_logps
+from dpo.train import checkpoint as checkpoints
+from dpo.train.optim import build_optimizer, learning_rate
+from dpo.train.tracking import Tracker, check_trackers, closing_table, side_by_side, versions
+
+SELF_CHECK_PAIRS = 2
+LN_2 = math.log(2)
+
+
+def train(config: Config) -> Path:
+    """Runs the configuration to its end; returns the run folder.
+
+    Raises:
+        UserError: what the configuration asks for cannot be done; nothing was lost.
+        RuntimeError: the start-up self-check or a gradient shows that the numbers cannot be trusted.
+    """
+    run = Run(config)
+    run.check_start()
+    if not run.start_step:
+        run.evaluate(step=0)
+    for step in range(run.start_step + 1, run.total_steps + 1):
+        run.train_step(step)
+        run.log(step)
+        if run.is_due(step, config.train.eval_steps) or step == run.total_steps:
+            run.evaluate(step)
+        if run.is_due(step, config.train.save_steps):
+            run.save(step)
+    return run.finish()
+
+
+class Run:
+    """One run: everything it needs, made once, and the few things it does again and again."""
+
+    def __init__(self, config: Config):
+        config.check()
+        self.config = config
+        trackers = check_trackers(config.train.report_to)
+        self.accelerator = accelerator = _accelerator(config, trackers)
+        resume_from = _on_main(accelerator, lambda: checkpoints.prepare_run_folder(config))
+        self.folder = Path(config.train.output_dir)
+
+        self.tokenizer = load_tokenizer(config.model)
+        with accelerator.main_process_first():  # the others find the tokenised pairs in the cache
+            self.data = load_data(config, self.tokenizer)
+        self.pairs_per_step = (
+            config.train.per_device_train_batch_size
+            * config.train.gradient_accumulation_steps
+            * accelerator.num_processes
+        )
+        self.total_steps = _total_steps(config, len(self.data.train), self.pairs_per_step)
+
+        set_seed(config.train.seed)
+        self.policy = load_policy(config, accelerator.device)
+        scorer = Scorer(self.policy.model, config.model.attention)
+        self.layout, self.layout_reason = scorer.layout, scorer.layout_reason
+        optimizer = build_optimizer(self.policy.model, config.optim)
+        self.scorer, self.optimizer = accelerator.prepare(
+            scorer, optimizer, device_placement=[False, False]
+        )
+        # Before a checkpoint is loaded: the reference is what the policy was at step 0.
+        self.reference_mode = choose_mode(config.reference.mode, self.policy)
+        self.reference = build_reference(
+            self.reference_mode, self.scorer, self.policy, self.layout
+        )
+        self.evaluator = Evaluator(
+            config,
+            accelerator,
+            self.policy.model,
+            self.scorer,
+            self.reference,
+            self.tokenizer,
+            self.data.held_out,
+            accelerator.device,
+        )
+        self.means = RunningMeans(accelerator.device)
+        self.window = _Window()
+        self.best: float | None = None
+        self.samples: list[dict[str, Any]] = []
+        self.start_step = self._resume(resume_from) if resume_from else 0
+        self.tracker = Tracker(accelerator, config, self.folder, self.start_step)
+        if accelerator.is_main_process:
+            save(config, self.folder / "config.yaml")
+            (self.folder / "data_report.json").write_text(json.dumps(self.data.report, indent=1))
+        self.tracker.say(self.header())
+        self.tracker.start(config, self.start_step, self.total_steps)
+
+    def train_step(self, step: int) -> None:
+        """One optimizer step, counted from 1, on this rank's part of its pairs."""
+        indices = self._indices(step)
+        pairs = [self.data.train[i] for i in indices]
+        num_tokens = [pair.num_stream_tokens for pair in pairs]
+        mine = balance(num_tokens, self.accelerator.num_processes)[self.accelerator.process_index]
+        bins = micro_batches([num_tokens[i] for i in mine], self.config.train.tokens_per_microbatch)
+        losses_seen: list[tuple[list[int], Tensor]] = []
+        for number, positions in enumerate(bins):
+            is_last = number == len(bins) - 1
+            self._seed_dropout(step, number)
+            stream = build_stream([pairs[mine[i]] for i in positions]).to(self.accelerator.device)
+            with nullcontext() if is_last else self.accelerator.no_sync(self.scorer):
+                logps, losses = self._score(stream)
+                # DDP averages gradients over ranks; times their number, it sums them.
+                scale = self.accelerator.num_processes / len(pairs)
+                self.accelerator.backward(losses.sum() * scale)
+            self.means.add(pair_metrics(logps, losses, beta=self.config.loss.beta))
+            losses_seen.append(([int(indices[mine[i]]) for i in positions], losses.detach()))
+        self._update(step, losses_seen)
+        self.window.add(len(pairs), sum(num_tokens))
+
+    def _score(self, stream: Stream) -> tuple[PairLogps, Tensor]:
+        """Log-probs under both models, and one loss per pair. The policy first: FSDP wants it so."""
+        policy = self.scorer(stream)
+        logps = pair_logps(stream, policy, self.reference(stream))
+        return logps, LOSSES[self.config.loss.type](logps, **self.config.loss.options)
+
+    def _update(self, step: int, losses_seen: list[tuple[list[int], Tensor]]) -> None:
+        """Clips and steps; on a gradient that is not finite, every rank stops before the step."""
+        optim = self.config.optim
+        trained = [p for p in self.policy.model.parameters() if p.requires_grad]
+        norm = self.accelerator.clip_grad_norm_(trained, optim.max_grad_norm or math.inf)
+        self.window.grad_norm = float(norm)  # type: ignore[arg-type]
+        if not math.isfinite(self.window.grad_norm):
+            raise RuntimeError(self._not_finite(step, losses_seen))
+        self.window.learning_rate = learning_rate(step - 1, self.total_steps, optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.window.learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def log(self, step: int) -> None:
+        """Means over the pairs since the last log; the first step is always logged alone."""
+        metrics = None
+        if step == 1 or step == self.total_steps or self.is_due(step, self.config.train.logging_steps):
+            pairs = self.means.pop(self._sum_over_ranks)
+            metrics = {f"train/{name}": value for name, value in (pairs | self.window.pop()).items()}
+            self.tracker.log(step, metrics)
+        self.tracker.advance(metrics)
+
+    def evaluate(self, step: int) -> None:
+        """Held-out metrics and samples; keeps the weights in `best/` when they are the best so far."""
+        if not len(self.data.held_out):
+            return
+        metrics, samples = self.evaluator.evaluate()
+        self.window.restart_clock()  # evaluation is not training time
+        self.tracker.log(step, metrics)
+        if not self.accelerator.is_main_process:
+            return
+        self.samples = samples
+        with (self.folder / "samples.jsonl").open("a" if step else "w") as file:
+            file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+        name = self.config.train.metric_for_best_model
+        if name and step:
+            self._keep_best(step, name, metrics)
+
+    def save(self, step: int) -> None:
+        """Writes `checkpoint-{step}`."""
+        state = {
+            "pairs_per_step": self.pairs_per_step,
+            "sums": self.means.state(self._sum_over_ranks),
+            "best": self.best,
+            "reference_logps": self._reference_logps(),
+        }
+        if self.accelerator.is_main_process:
+            checkpoints.save_checkpoint(
+                self.folder,
+                step,
+                self.policy.model,
+                self.optimizer.optimizer,
+                self.config,
+                state,
+                self.config.train.save_total_limit,
+            )
+        self.accelerator.wait_for_everyone()
+        self.window.restart_clock()
+
+    def finish(self) -> Path:
+        """Writes `final/` and `summary.json`, and prints the held-out figures before and after."""
+        if self.accelerator.is_main_process:
+            final = self.folder / "final"
+            checkpoints.save_weights(self.policy.model, final)
+            self.tokenizer.save_pretrained(final)
+        self.tracker.close()
+        if self.accelerator.is_main_process:
+            evaluations = [
+                line for line in self.tracker.lines() if any(k.startswith("eval/") for k in line)
+            ]
+            before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
+            summary = {"before": before, "after": after}
+            (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+            if evaluations:
+                print(f"\n{closing_table(before, after)}\n")
+                print(side_by_side(self._samples_at(before["step"]), self._samples_at(after["step"])))
+            print(f"The trained model is in {final}.")
+        self.accelerator.wait_for_everyone()
+        return self.folder
+
+    def check_start(self) -> None:
+        """Refuses to train on numbers that cannot be trusted.
+
+        Both layouts must agree on the first pairs, and on a first start the policy must *be* the
+        reference: rewards 0, and so a sigmoid loss of ln 2.
+        """
+        stream = self._first_pairs()
+        self.scorer.eval()
+        with torch.no_grad():
+            policy, reference = self.scorer(stream), self.reference(stream)
+            if self.layout == "shared":
+                padded = Scorer(self.policy.model, attention="padded")(stream)
+                self._check_layouts(policy, padded)
+        self.scorer.train()
+        if self.start_step or self.reference_mode == "zero":
+            return
+        worst = (policy - reference).abs().max().item()
+        if not worst <= 1e-4:
+            raise RuntimeError(
+                f"self-check: before the first update the policy must be the reference, but the "
+                f"log-prob of a token differs by {worst:.3g} nats, wanted at most 0.0001. Training "
+                "would pull towards another model."
+            )
+
+    def _check_layouts(self, shared: Tensor, padded: Tensor) -> None:
+        is_half = torch.finfo(next(self.policy.model.parameters()).dtype).bits < 32
+        allowed = 0.05 if is_half or self.config.model.quantization != "none" else 1e-4
+        mean = (shared - padded).abs().mean().item()
+        if not mean <= allowed:
+            raise RuntimeError(
+                f"self-check: shared and padded layouts differ by {mean:.3g} nats per token, wanted "
+                f"at most {allowed}. Set model.attention to padded and report the model."
+            )
+
+    def header(self) -> str:
+        """What runs, on what, against what: everything a reader of the log would ask."""
+        config, model, accelerator = self.config, self.policy.model, self.accelerator
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        steps = math.ceil(len(self.data.train) / self.pairs_per_step)
+        lines = [
+            versions(),
+            f"device: {accelerator.num_processes} x {_device_name(accelerator.device)}",
+            f"model: {config.model.name_or_path}, {config.model.dtype}, quantization "
+            f"{config.model.quantization}, {trained:,} of {total:,} stored parameters train",
+            f"reference: {self.reference_mode}; layout: {self.layout}"
+            + (f" ({self.layout_reason})" if self.layout_reason else ""),
+            *self.data.summary,
+            f"pairs: {len(self.data.train)} to train on, {len(self.data.held_out)} held out; "
+            f"{self.pairs_per_step} a step, {steps} steps an epoch, {self.total_steps} steps",
+            *self.policy.notes,
+            *self._remarks(),
+        ]
+        return "\n".join(lines)
+
+    def _remarks(self) -> list[str]:
+        """What is allowed, and probably not meant; and what the environment asked for in vain."""
+        config, remarks = self.config, []
+        if config.optim.warmup_steps >= self.total_steps:
+            remarks.append(
+                f"the warm-up ({config.optim.warmup_steps} steps) is as long as the run: "
+                "optim.learning_rate is never reached"
+            )
+        if len(self.data.train) < self.pairs_per_step:
+            remarks.append(f"one step holds all {len(self.data.train)} pairs: each step is an epoch")
+        if not len(self.data.held_out):
+            remarks.append("nothing is held out: no evaluation")
+        if config.optim.name.startswith("paged") and self.accelerator.device.type == "cpu":
+            remarks.append(f"{config.optim.name} runs unpaged on a CPU")
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if asked != "no":
+            remarks.append(f"accelerate's mixed precision {asked!r} is not used: model.dtype decides")
+        if self.start_step:
+            remarks.append(f"resumed after step {self.start_step}")
+        return [f"note: {remark}" for remark in remarks]
+
+    @staticmethod
+    def is_due(step: int, every: int) -> bool:
+        """Whether something that happens every so many steps (0: never) happens now."""
+        return every > 0 and step % every == 0
+
+    def _indices(self, step: int) -> list[int]:
+        seed = self.config.train.seed
+        return step_indices(len(self.data.train), self.pairs_per_step, seed, step - 1).tolist()
+
+    def _seed_dropout(self, step: int, micro_batch: int) -> None:
+        """LoRA's dropout as a function of where we are: nothing to save, nothing to restore."""
+        place = (self.config.train.seed, step, micro_batch, self.accelerator.process_index)
+        torch.manual_seed(hash(place))
+
+    def _first_pairs(self) -> Stream:
+        """The shortest of the first step's pairs: the self-check costs little and fits anywhere."""
+        pairs: list[TokenizedPair] = [self.data.train[i] for i in self._indices(1)]
+        pairs.sort(key=lambda pair: pair.num_stream_tokens)
+        return build_stream(pairs[:SELF_CHECK_PAIRS]).to(self.accelerator.device)
+
+    def _reference_logps(self) -> float:
+        """The reference's mean token log-prob on the first pairs: tells references apart."""
+        return self.reference(self._first_pairs()).mean().item()
+
+    def _resume(self, checkpoint: Path) -> int:
+        state = checkpoints.load_checkpoint(
+            checkpoint, self.policy.model, self.optimizer.optimizer
+        )
+        if state["pairs_per_step"] != self.pairs_per_step:
+            raise UserError(
+                f"train.resume: {checkpoint} took {state['pairs_per_step']} pairs a step, now it "
+                f"would be {self.pairs_per_step}. Set train.per_device_train_batch_size and "
+                "train.gradient_accumulation_steps so that the product over all devices is the same."
+            )
+        moved = abs(self._reference_logps() - state["reference_logps"])
+        if not moved <= 0.02:
+            raise UserError(
+                f"train.resume: the reference has changed since {checkpoint}: its log-probs differ by "
+                f"{moved:.3g} nats per token. Restore the model at model.name_or_path, or set "
+                "train.resume to never."
+            )
+        if self.accelerator.is_main_process:
+            self.means.load(state["sums"])
+        self.best = state["best"]
+        return state["step"]
+
+    def _keep_best(self, step: int, name: str, metrics: dict[str, float]) -> None:
+        if name not in metrics:
+            raise UserError(
+                f"train.metric_for_best_model: got {name!r}, wanted one of {', '.join(metrics)}."
+            )
+        smaller_is_better = name in ("eval/loss", "eval/kl")
+        value = metrics[name]
+        if self.best is None or (value < self.best if smaller_is_better else value > self.best):
+            self.best = value
+            best = self.folder / "best"
+            checkpoints.save_weights(self.policy.model, best)
+            self.tokenizer.save_pretrained(best)
+            (best / "metric.json").write_text(json.dumps({"step": step, name: value}))
+
+    def _not_finite(self, step: int, losses_seen: list[tuple[list[int], Tensor]]) -> str:
+        bad = [
+            self.data.train.row_name(index)
+            for indices, losses in losses_seen
+            for index, loss in zip(indices, losses.tolist(), strict=True)
+            if not math.isfinite(loss)
+        ]
+        every = [self.data.train.row_name(i) for indices, _ in losses_seen for i in indices]
+        return (
+            f"step {step}: the gradient norm is {self.window.grad_norm}; stopped before the update, "
+            f"so the weights are those of step {step - 1}. Rows whose loss is not finite on rank "
+            f"{self.accelerator.process_index}: {', '.join(bad) or 'none'}; rows of the step there: "
+            f"{', '.join(every)}. Lower optim.learning_rate, or look at these rows."
+        )
+
+    def _samples_at(self, step: int) -> list[dict[str, Any]]:
+        lines = (self.folder / "samples.jsonl").read_text().splitlines()
+        return [sample for sample in map(json.loads, lines) if sample["step"] == step]
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="sum")  # type: ignore[return-value]
+
+
+@dataclass
+class _Window:
+    """What is measured between two logs, apart from the pairs' own metrics."""
+
+    pairs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+    _last: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves out the time since the last step."""
+        self._last = time.perf_counter()
+
+    def add(self, pairs: int, tokens: int) -> None:
+        """Counts one step, over all ranks, that has just ended."""
+        now = time.perf_counter()
+        self.pairs, self.tokens = self.pairs + pairs, self.tokens + tokens
+        self.seconds, self._last = self.seconds + now - self._last, now
+
+    def pop(self) -> dict[str, float]:
+        """Metrics of the window; starts a new one."""
+        metrics = {
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            "tokens_per_second": self.tokens / self.seconds,
+            "pairs_per_second": self.pairs / self.seconds,
+            "memory_gib": _peak_memory_gib(),
+        }
+        self.pairs, self.tokens, self.seconds = 0, 0, 0.0
+        return metrics
+
+
+def _accelerator(config: Config, trackers: list[str]) -> Accelerator:
+    """Accelerate for devices, processes and trackers alone; model.dtype decides the precision."""
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",
+        log_with=trackers or None,
+        project_dir=config.train.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"accelerate: {launched} processes were launched, but each would train alone. On CPUs "
+            "launch with `accelerate launch --multi_gpu --num_processes N` or torchrun."
+        )
+    return accelerator
+
+
+def _on_main(accelerator: Accelerator, do: Any) -> Any:
+    """What `do` returns on the main process, on every process; a user's error reaches them all."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = do()
+        except UserError as error:
+            outcome[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def _total_steps(config: Config, num_pairs: int, pairs_per_step: int) -> int:
+    if config.train.max_steps > 0:
+        return config.train.max_steps
+    return config.train.num_train_epochs * math.ceil(num_pairs / pairs_per_step)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _peak_memory_gib() -> float:
+    """Of this process since it started: allocated on the GPU, or resident on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,12 @@
+"""Trains a policy with DPO.
+
+    accelerate launch scripts/train.py                                  # the packaged quickstart
+    accelerate launch scripts/train.py --config scripts/configs/neuralhermes.yaml
+    accelerate launch scripts/train.py --train.max_steps 50 --loss.beta 0.3
+"""
+
+from dpo.config import parse, run
+from dpo.train.trainer import train
+
+if __name__ == "__main__":
+    run(lambda: train(parse()))
