@@ -7,6 +7,7 @@ configuration; with one, from the defaults below, which are those of the NeuralH
 
 import difflib
 import inspect
+import logging
 import re
 import sys
 import warnings
@@ -24,7 +25,7 @@ QUICKSTART = PACKAGE / "quickstart" / "config.yaml"
 
 
 class UserError(ValueError):
-    """A mistake of the user's. Its message says what, where, what it got, wanted, and what to do."""
+    """A mistake of the user's. Its message says where, what it got and wanted, and what to do."""
 
 
 @dataclass(kw_only=True)
@@ -86,7 +87,7 @@ class DataConfig:
     """The preference pairs."""
 
     name_or_path: str | list[DataSource] = "Intel/orca_dpo_pairs"
-    """Hub id, .jsonl, .jsonl.gz, .json, .parquet, or a saved datasets folder; or a list of sources."""
+    """Hub id, .jsonl(.gz), .json, .parquet, or saved datasets folder; or a list of sources."""
     subset: str | None = None
     """Name of the hub data set's configuration."""
     revision: str | None = None
@@ -162,7 +163,7 @@ class TrainConfig:
     output_dir: str = "runs/dpo"
     """Run folder."""
     per_device_train_batch_size: int = 4
-    """Its product with gradient_accumulation_steps and the number of devices is one step's pairs."""
+    """Pairs of a step: times gradient_accumulation_steps, times the number of devices."""
     gradient_accumulation_steps: int = 4
     """See per_device_train_batch_size: only the product matters."""
     max_steps: int = 200
@@ -170,7 +171,7 @@ class TrainConfig:
     num_train_epochs: int = 1
     """Passes over the data, when max_steps is -1."""
     tokens_per_microbatch: int = 8192
-    """How many tokens go through the model at once: the memory knob, without effect on the result."""
+    """How many tokens go through the model at once: the memory knob; the result is the same."""
     gradient_checkpointing: bool = True
     """Compute activations again in the backward: less memory, a third more work."""
     seed: int = 42
@@ -285,8 +286,12 @@ _RANGES = {
 }
 
 
+def _refusal(key: str, got: object, wanted: str) -> str:
+    return f"{key}: got {got!r}, wanted {wanted}. Change it in the config or by --{key}."
+
+
 def _refuse(key: str, got: object, wanted: str) -> NoReturn:
-    raise UserError(f"{key}: got {got!r}, wanted {wanted}. Change it in the config or by --{key}.")
+    raise UserError(_refusal(key, got, wanted))
 
 
 def _check_ranges(config: Config) -> None:
@@ -298,7 +303,8 @@ def _check_ranges(config: Config) -> None:
     if isinstance(config.data.name_or_path, list):
         for source in config.data.name_or_path:
             if not 0 < source.weight < float("inf"):
-                _refuse(f"data.name_or_path ({source.path}) weight", source.weight, _POSITIVE[0])
+                wanted = f"a weight above 0 for {source.path}"
+                _refuse("data.name_or_path", source.weight, wanted)
 
 
 def _check_loss(loss: LossConfig) -> None:
@@ -332,24 +338,39 @@ def parse(argv: Sequence[str] | None = None, prog: str = "scripts/train.py") -> 
 
     argv = list(sys.argv[1:] if argv is None else argv)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False)
+    # No abbreviations: --optim.lr would mean lr_scheduler_type.
+    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")  # type: ignore[arg-type]
     parser.add_class_arguments(Config, None)
     has_config = any(arg == "--config" or arg.startswith("--config=") for arg in argv)
     if not has_config:
         argv = ["--config", str(QUICKSTART), *argv]
-        if any(arg.split("=")[0] == "--data.name_or_path" for arg in argv):
+    try:
+        namespace = parser.parse_args(argv)
+        own_data = yaml.safe_load(QUICKSTART.read_text())["data"]["name_or_path"]
+        if not has_config and namespace["data.name_or_path"] != own_data:
             # Other data: the quickstart's own held-out rows and its ground truth do not apply.
             argv[2:2] = ["--data.eval_path", "null", "--train.eval_exact_match", "false"]
             argv[2:2] = ["--train.metric_for_best_model", "null"]
-    try:
-        namespace = parser.parse_args(argv)
-    except jsonargparse.ArgumentError as error:
+            namespace = parser.parse_args(argv)
+    except (jsonargparse.ArgumentError, UnicodeDecodeError) as error:
         raise UserError(_explain(str(error))) from None
+    _check_shape(namespace)
     sections = parser.instantiate(namespace)
     config = Config(**{section.name: sections[section.name] for section in fields(Config)})
     config.check()
     return config
+
+
+def _check_shape(namespace: Any) -> None:
+    """What the parser lets through: a section that is no section, a null where none is meant."""
+    for section in fields(Config):
+        given = namespace[section.name]
+        if not hasattr(given, "__dict__"):
+            raise UserError(f"{section.name}: got {given!r}, wanted its keys, indented below it.")
+        for key in fields(section.default_factory()):  # type: ignore[misc,arg-type]
+            if given[key.name] is None and key.default is not None:
+                _refuse(f"{section.name}.{key.name}", None, f"a value such as {key.default!r}")
 
 
 def known_keys() -> list[str]:
@@ -362,16 +383,30 @@ def known_keys() -> list[str]:
 
 
 def _explain(message: str) -> str:
-    """The parser's message, with the nearest known key where it names an unknown one."""
+    """The parser's message in our words, with the nearest known keys to an unknown one."""
+    if message.startswith("Unexpected config"):
+        return "configuration: the file is empty, or not made of sections with keys below them."
+    wrong = re.match(r'Parser key "([\w.]+)":\s+Expected an? (.+)\. Got value: (.*)', message)
+    if wrong:
+        wanted = re.sub(r"<class '(\w+)'>|typing\.Literal", lambda m: m[1] or "one of ", wrong[2])
+        return _refusal(wrong[1], wrong[3], wanted)
     unknown = re.search(r"arguments: --([\w.]+)|[Oo]ption '([\w.]+)'", message)
+    name = (unknown[1] or unknown[2]) if unknown else ""
+    if message.startswith('Parser key "data.name_or_path"'):
+        keys = [key.name for key in fields(DataSource)]
+        wrong_key = f" Unknown key {name}." if name else ""
+        return (
+            "data.name_or_path: wanted a hub id, a file or a folder, or a list of sources, "
+            f"{{path: ID_OR_FILE}} each, with these keys: {', '.join(keys)} (only path must be "
+            f"there).{wrong_key}"
+        )
     if not unknown:
-        return f"configuration: {message}"
-    name = unknown[1] or unknown[2]
+        return "configuration: " + re.sub(r'Parser key "([^"]+)":', r"--\1:", message)
     group = re.search(r"Group '(\w+)'", message)
     full = f"{group[1]}.{name}" if group else name
     near = difflib.get_close_matches(full, known_keys(), n=3, cutoff=0.5)
     hint = f" Nearest: {', '.join(near)}." if near else ""
-    return f"configuration: unknown key {full}.{hint} All keys: scripts/train.py --help. ({message})"
+    return f"configuration: unknown key {full}.{hint} All keys: scripts/train.py --help."
 
 
 def save(config: Config, path: Path) -> None:
@@ -381,9 +416,18 @@ def save(config: Config, path: Path) -> None:
 
 def run(main: Callable[[], object]) -> None:
     """Runs a script: a user's mistake becomes one message and exit code 2, without a traceback."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    for known in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=known)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+# Said by libraries about themselves; nothing that a user could act on.
+_KNOWN_WARNINGS = (
+    "`is_gradient_checkpointing` is deprecated",  # peft 0.21 reads what transformers 5.23 renamed
+    "Paged optimizers are not supported on CPU",  # the run header says so
+)

@@ -32,6 +32,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stop_ids),
         pad_token_id=pad,
+        use_cache=True,
         **(sampling if temperature > 0 else {"do_sample": False}),
     )
     was_training = model.training
@@ -50,7 +51,6 @@ def generate(
             input_ids=torch.tensor(padded, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=settings,
-            use_cache=True,
         )
         answers += [_until_stop(row, stop_ids) for row in output[:, longest:].tolist()]
     model.train(was_training)

@@ -149,6 +149,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
         model.save_pretrained(  # type: ignore[operator]
             folder, selected_adapters=["default"], save_embedding_layers=False
         )
+        (folder / "README.md").unlink(missing_ok=True)  # a model card with nothing filled in
         live = peft.get_peft_model_state_dict(
             model, adapter_name="default", save_embedding_layers=False
         )

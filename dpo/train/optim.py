@@ -5,7 +5,6 @@ per process. Left out on purpose: fused variants and parameter groups beyond wei
 """
 
 import math
-import warnings
 
 import torch
 from torch import nn
@@ -48,6 +47,4 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
         "adamw_8bit": bitsandbytes.optim.AdamW8bit,
     }[config.name]
-    with warnings.catch_warnings():  # on a CPU it runs unpaged; the run header says so
-        warnings.simplefilter("ignore")
-        return optimizer(groups, lr=config.learning_rate)
+    return optimizer(groups, lr=config.learning_rate)

@@ -85,11 +85,10 @@ class Tracker:
             return []
         return [json.loads(line) for line in self._file.read_text().splitlines()]
 
-    def close(self) -> None:
-        """Flushes trackers and closes the bar."""
+    def close_bar(self) -> None:
+        """So that what is printed next stands below it."""
         if self._bar is not None:
             self._bar.close()
-        self._accelerator.end_training()
 
 
 def check_trackers(report_to: str | list[str]) -> list[str]:
@@ -122,7 +121,7 @@ def versions() -> str:
     return f"Python {platform.python_version()}, {found}"
 
 
-def closing_table(before: dict[str, float], after: dict[str, float]) -> str:
+def closing_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     """Held-out figures before and after training, side by side."""
     rows = [
         f"{name:<38}{shape.format(before[key]):>12}{shape.format(after[key]):>12}"

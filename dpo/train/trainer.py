@@ -213,8 +213,7 @@ class Run:
             final = self.folder / "final"
             checkpoints.save_weights(self.policy.model, final)
             self.tokenizer.save_pretrained(final)
-        self.tracker.close()
-        if self.accelerator.is_main_process:
+            self.tracker.close_bar()
             evaluations = [
                 line for line in self.tracker.lines() if any(k.startswith("eval/") for k in line)
             ]
@@ -226,6 +225,7 @@ class Run:
                 print(side_by_side(self._samples_at(before["step"]), self._samples_at(after["step"])))
             print(f"The trained model is in {final}.")
         self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()  # closes trackers and the process group: nothing after it
         return self.folder
 
     def check_start(self) -> None:
@@ -297,6 +297,8 @@ class Run:
             remarks.append("nothing is held out: no evaluation")
         if config.optim.name.startswith("paged") and self.accelerator.device.type == "cpu":
             remarks.append(f"{config.optim.name} runs unpaged on a CPU")
+        if config.model.quantization == "int8":
+            remarks.append("int8 layers compute in float16, whatever model.dtype is")
         asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if asked != "no":
             remarks.append(f"accelerate's mixed precision {asked!r} is not used: model.dtype decides")
@@ -324,9 +326,9 @@ class Run:
         pairs.sort(key=lambda pair: pair.num_stream_tokens)
         return build_stream(pairs[:SELF_CHECK_PAIRS]).to(self.accelerator.device)
 
-    def _reference_logps(self) -> float:
-        """The reference's mean token log-prob on the first pairs: tells references apart."""
-        return self.reference(self._first_pairs()).mean().item()
+    def _reference_logps(self) -> list[float]:
+        """The reference's token log-probs on the first pairs: they tell references apart."""
+        return self.reference(self._first_pairs()).tolist()
 
     def _resume(self, checkpoint: Path) -> int:
         state = checkpoints.load_checkpoint(
@@ -338,11 +340,12 @@ class Run:
                 f"would be {self.pairs_per_step}. Set train.per_device_train_batch_size and "
                 "train.gradient_accumulation_steps so that the product over all devices is the same."
             )
-        moved = abs(self._reference_logps() - state["reference_logps"])
+        both = zip(self._reference_logps(), state["reference_logps"], strict=True)
+        moved = max(abs(now - then) for now, then in both)
         if not moved <= 0.02:
             raise UserError(
-                f"train.resume: the reference has changed since {checkpoint}: its log-probs differ by "
-                f"{moved:.3g} nats per token. Restore the model at model.name_or_path, or set "
+                f"train.resume: the reference has changed since {checkpoint}: a token's log-prob "
+                f"differs by {moved:.3g} nats. Restore the model at model.name_or_path, or set "
                 "train.resume to never."
             )
         if self.accelerator.is_main_process:

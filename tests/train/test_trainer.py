@@ -1,0 +1,455 @@
+"""The loop: ln 2 at the start, one gradient however a step is split, and nothing lost."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+import transformers
+from dpo.config import UserError
+from dpo.data.stream import build_stream
+from dpo.model.load import load_policy, load_tokenizer
+from dpo.model.reference import AdapterOff
+from dpo.model.scorer import Scorer
+from dpo.train import trainer
+from dpo.train.trainer import Run
+
+from tests.train.runs import config, forget_accelerate, metrics, run, step_gradients, training
+
+PACKAGED = "quickstart/model"
+
+
+def first_step(folder):
+    return next(line for line in metrics(folder) if line["step"] == 1 and "train/loss" in line)
+
+
+def assert_starts_at_ln_2(folder):
+    first = first_step(folder)
+    assert first["train/loss"] == pytest.approx(math.log(2), abs=2e-4)
+    for name in ("chosen", "rejected", "margins", "accuracies"):
+        assert first[f"train/rewards/{name}"] == pytest.approx(0, abs=1e-5)
+
+
+def model_folder(tmp_path, **settings):
+    """The packaged model with other settings in its config."""
+    from dpo.config import resolve
+
+    folder = tmp_path / "model"
+    model = transformers.AutoModelForCausalLM.from_pretrained(resolve(PACKAGED), **settings)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(resolve(PACKAGED)).save_pretrained(folder)
+    return folder
+
+
+def adapter_folder(tmp_path):
+    """An adapter whose update is not zero, as supervised fine-tuning leaves one."""
+    from dpo.config import resolve
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(resolve(PACKAGED))
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    folder = tmp_path / "sft"
+    model.save_pretrained(folder, save_embedding_layers=False)
+    transformers.AutoTokenizer.from_pretrained(resolve(PACKAGED)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--lora.dropout", "0.3"],
+        ["--model.quantization", "nf4", "--optim.name", "paged_adamw_32bit"],
+        ["--model.quantization", "fp4", "--model.dtype", "bfloat16"],
+        ["--model.quantization", "int8"],
+        ["--model.adapter", "none", "--optim.learning_rate", "1e-4"],
+        ["--model.attention", "padded"],
+        ["--loss.label_smoothing", "0.2"],
+    ],
+    ids=" ".join,
+)
+def test_the_first_loss_is_ln_2_and_the_rewards_are_0(tmp_path, flags):
+    assert_starts_at_ln_2(run(config(tmp_path, *flags, "--train.max_steps", 1)))
+
+
+def test_the_first_loss_is_ln_2_with_attention_dropout_in_the_model(tmp_path):
+    folder = model_folder(tmp_path, attention_dropout=0.3)
+    settings = config(tmp_path, "--model.name_or_path", folder, "--train.max_steps", 1)
+    assert transformers.AutoConfig.from_pretrained(folder).attention_dropout == 0.3
+    assert_starts_at_ln_2(run(settings))
+
+
+def test_without_zeroing_that_dropout_the_self_check_would_not_pass(tmp_path, monkeypatch):
+    """The negative control: in train mode both passes draw their own dropout."""
+    monkeypatch.setattr("dpo.model.load.zero_dropouts", lambda model: [])
+    folder = model_folder(tmp_path, attention_dropout=0.3)
+    result = run(config(tmp_path, "--model.name_or_path", folder, "--train.max_steps", 1))
+    assert abs(first_step(result)["train/loss"] - math.log(2)) > 1e-3
+
+
+def test_the_first_loss_is_ln_2_from_an_adapter_that_is_not_zero(tmp_path):
+    folder = adapter_folder(tmp_path)
+    settings = config(
+        tmp_path, "--model.name_or_path", folder, "--train.max_steps", 2, "--lora.dropout", 0
+    )
+    result = run(settings)
+    assert_starts_at_ln_2(result)
+    written = json.loads((result / "final" / "adapter_config.json").read_text())
+    assert written["r"] == 4  # the loaded adapter went on training, no new one was made
+
+
+def test_the_base_is_the_wrong_reference_for_such_an_adapter(tmp_path, monkeypatch):
+    """The negative control: with the adapter off, the start-up check refuses to train."""
+    import contextlib
+
+    @contextlib.contextmanager
+    def switched_off(policy):
+        with policy.model.disable_adapter():
+            yield
+
+    monkeypatch.setattr("dpo.model.reference.adapter_off", switched_off)
+    settings = config(tmp_path, "--model.name_or_path", adapter_folder(tmp_path))
+    with pytest.raises(RuntimeError, match="policy must be the reference"):
+        run(settings)
+
+
+def assert_same_gradients(results, expected):
+    for step, (gradient, values) in expected.items():
+        assert gradient.abs().max() > 1e-3
+        assert (results[step][0] - gradient).abs().max() <= 1e-5 * gradient.abs().max()
+        assert results[step][1] == pytest.approx(values, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
+def test_one_gradient_at_any_token_budget_and_batch_shape(tmp_path, loss):
+    """16 pairs as 16 x 1, about 4 x 4 and 1 x 16 micro-batches; and the short last step of 8."""
+    results = [
+        step_gradients(
+            config(
+                tmp_path,
+                *("--train.tokens_per_microbatch", budget, "--loss.type", loss),
+                *("--train.per_device_train_batch_size", batch),
+                *("--train.gradient_accumulation_steps", 16 // batch),
+            )
+        )
+        for budget, batch in ((1, 16), (250, 4), (100_000, 1))
+    ]
+    for result in results[1:]:
+        assert_same_gradients(result, results[0])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rows", [24, 17])
+def test_two_processes_give_the_gradient_of_one_also_for_a_short_last_step(tmp_path, rows):
+    """Steps of 16 pairs; the last one has 8, or a single one, which leaves a rank without pairs."""
+    flags = ["--train.tokens_per_microbatch", 250, "--train.per_device_train_batch_size"]
+    output = tmp_path / "gradients.pt"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    arguments = [tmp_path, output, rows, *flags, 8]
+    subprocess.run(
+        [*launch, "-m", "tests.train.two_ranks", *map(str, arguments)], check=True, timeout=120
+    )
+    expected = step_gradients(config(tmp_path, *flags, 16, rows=rows))
+    for results in torch.load(output):
+        assert_same_gradients(results, expected)
+
+
+def test_a_killed_and_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path, monkeypatch):
+    """With LoRA dropout, into the second epoch (24 pairs, steps of 16), inside a logging window."""
+    flags = ["--lora.dropout", 0.2, "--train.max_steps", 5, "--train.logging_steps", 3]
+    flags += ["--train.save_steps", 2, "--data.eval_fraction", 0.2, "--train.eval_steps", 2]
+    straight = run(config(tmp_path, *flags, "--train.output_dir", tmp_path / "straight"))
+
+    settings = config(tmp_path, *flags, "--train.output_dir", tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        train_step = Run.train_step
+
+        def killed(self, step):
+            if step == 5:
+                raise KeyboardInterrupt
+            train_step(self, step)
+
+        patch.setattr(Run, "train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    assert not (tmp_path / "killed" / "final").exists()
+    assert [p.name for p in sorted((tmp_path / "killed").glob("checkpoint-*"))] == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+    resumed = run(settings)
+
+    assert training(resumed) == training(straight)
+    for folder in ("final", "checkpoint-4"):
+        ours, theirs = (
+            (path / folder / "adapter_model.safetensors").read_bytes() for path in (resumed, straight)
+        )
+        assert ours == theirs
+    assert json.loads((resumed / "summary.json").read_text()) == json.loads(
+        (straight / "summary.json").read_text()
+    )
+
+
+def test_full_fine_tuning_resumes_bit_for_bit_with_the_reference_of_step_0(tmp_path):
+    flags = ["--model.adapter", "none", "--optim.learning_rate", 1e-4, "--train.save_steps", 2]
+    straight = run(config(tmp_path, *flags, "--train.max_steps", 3))
+    again = config(
+        tmp_path,
+        *flags,
+        *("--train.max_steps", 3, "--train.resume", straight / "checkpoint-2"),
+        *("--train.output_dir", tmp_path / "again"),
+    )
+    resumed = run(again)
+    ours, theirs = ((f / "final" / "model.safetensors").read_bytes() for f in (resumed, straight))
+    assert ours == theirs
+    assert training(resumed)[-1] == training(straight)[-1]
+
+
+def test_dropout_differs_between_steps_and_the_resumed_test_would_notice(tmp_path, monkeypatch):
+    """The negative control: with one seed for every step, the run comes out otherwise."""
+    flags = ["--lora.dropout", 0.2]
+    straight = run(config(tmp_path, *flags, "--train.output_dir", tmp_path / "a"))
+    monkeypatch.setattr(Run, "_seed_dropout", lambda *_: torch.manual_seed(0))
+    other = run(config(tmp_path, *flags, "--train.output_dir", tmp_path / "b"))
+    assert training(other) != training(straight)
+
+
+def test_the_final_adapter_scores_in_a_fresh_process_as_it_did_in_this_one(tmp_path):
+    folder = run(config(tmp_path, "--train.max_steps", 4, "--optim.learning_rate", 1e-2))
+    code = (
+        "import sys, torch\n"
+        "from peft import AutoPeftModelForCausalLM\n"
+        "from transformers import AutoTokenizer\n"
+        "from dpo.data.stream import build_stream\n"
+        "from dpo.model.scorer import Scorer\n"
+        "model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "stream = build_stream([([5, 6, 7], [8, 9], [10, 11])])\n"
+        "with torch.no_grad(), model.disable_adapter(): base = Scorer(model)(stream)\n"
+        "with torch.no_grad(): print((Scorer(model)(stream)).tolist(), '|', base.tolist())\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(folder / "final")]
+    fresh = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    trained, base = (torch.tensor(json.loads(part)) for part in fresh.split("|"))
+
+    settings = config(tmp_path, "--model.name_or_path", folder / "final")
+    scorer = Scorer(load_policy(settings, "cpu").model)
+    expected = scorer(build_stream([([5, 6, 7], [8, 9], [10, 11])]))
+    assert torch.equal(trained, expected.detach())
+    assert (trained - base).abs().max() > 1e-3
+
+
+def test_an_adapter_that_was_not_written_is_noticed(tmp_path, monkeypatch):
+    """The negative control of the check after every save."""
+    from safetensors.torch import load_file, save_file
+
+    save_pretrained = peft.PeftModel.save_pretrained
+
+    def empty(self, folder, **options):
+        save_pretrained(self, folder, **options)
+        file = folder / "adapter_model.safetensors"
+        save_file(dict(list(load_file(file).items())[:1]), file)
+
+    monkeypatch.setattr(peft.PeftModel, "save_pretrained", empty)
+    with pytest.raises(RuntimeError, match="read back 1 tensors"):
+        run(config(tmp_path))
+
+
+def test_nf4_layers_stay_trainable_after_evaluation_and_generation(tmp_path, monkeypatch):
+    """The input gradient of the policy is the same before and after both."""
+    flags = ["--model.quantization", "nf4", "--data.eval_fraction", 0.3, "--train.eval_prompts", 4]
+    forget_accelerate()
+    one = Run(config(tmp_path, *flags, "--train.eval_max_new_tokens", 4))
+    stream = one._first_pairs()
+
+    def gradient():
+        one.optimizer.zero_grad()
+        one.scorer(stream).sum().backward()
+        grads = [p.grad for p in one.policy.model.parameters() if p.requires_grad]
+        return torch.cat([g.flatten().clone() for g in grads])
+
+    before, logps = gradient(), one.scorer(stream).detach()
+    one.evaluator.evaluate()
+    assert torch.equal(gradient(), before)
+    assert torch.equal(one.scorer(stream).detach(), logps)
+    assert before.abs().max() > 0
+    one.tracker.close_bar()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(tmp_path, monkeypatch):
+    pair_logps = trainer.pair_logps
+
+    def poisoned(stream, policy, reference):
+        return pair_logps(stream, policy * float("nan"), reference)
+
+    settings = config(tmp_path, rows=3)
+    settings.train.per_device_train_batch_size = 3
+    forget_accelerate()
+    one = Run(settings)
+    before = {n: p.detach().clone() for n, p in one.policy.model.named_parameters()}
+    monkeypatch.setattr(trainer, "pair_logps", poisoned)
+    with pytest.raises(RuntimeError, match="gradient norm is nan") as failure:
+        one.train_step(1)
+    assert sorted(re.findall(r"\d+", str(failure.value).split("rank 0:")[1].split(";")[0])) == [
+        "1",
+        "2",
+        "3",
+    ]
+    for name, parameter in one.policy.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    one.tracker.close_bar()
+
+
+def test_metrics_of_five_held_out_pairs_do_not_depend_on_the_micro_batches(tmp_path):
+    results = []
+    for budget in (1, 300, 100_000):
+        settings = config(
+            tmp_path,
+            *("--train.tokens_per_microbatch", budget, "--train.max_steps", 2),
+            *("--data.eval_path", tmp_path / "rows.jsonl", "--train.output_dir", tmp_path / str(budget)),
+            rows=5,
+        )
+        results.append([m for m in training(run(settings)) if "eval/loss" in m][-1])
+    for result in results[1:]:
+        assert result == pytest.approx(results[0], rel=1e-5, abs=1e-6)
+    assert results[0]["eval/rewards/accuracies"] in {0.0, 0.2, 0.4, 0.6, 0.8, 1.0}
+
+
+def test_a_finished_run_is_not_touched_and_never_puts_it_aside(tmp_path):
+    folder = run(config(tmp_path, "--train.max_steps", 1))
+    before = (folder / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="holds a finished run"):
+        run(config(tmp_path, "--train.max_steps", 1))
+    run(config(tmp_path, "--train.max_steps", 1, "--train.resume", "never"))
+    assert (tmp_path / "run.old-1" / "metrics.jsonl").read_text() == before
+    assert (folder / "summary.json").exists()
+
+
+def stopped_run(tmp_path, *flags):
+    """A run of three steps as if killed after its checkpoint of step 2."""
+    folder = run(config(tmp_path, "--train.save_steps", 2, *flags))
+    (folder / "summary.json").unlink()
+    return folder
+
+
+def test_resume_refuses_another_configuration_and_names_the_key(tmp_path):
+    stopped_run(tmp_path)
+    with pytest.raises(UserError, match=r"optim.learning_rate \(was 0.00\d+, is 0.5\)"):
+        run(config(tmp_path, "--train.save_steps", 2, "--optim.learning_rate", 0.5))
+    with pytest.raises(UserError, match="took 16 pairs a step, now it would be 8"):
+        run(config(tmp_path, "--train.per_device_train_batch_size", 8))
+
+
+def test_resume_refuses_a_damaged_checkpoint_and_names_the_file(tmp_path):
+    folder = stopped_run(tmp_path)
+    file = folder / "checkpoint-2" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"adapter_model.safetensors is damaged"):
+        run(config(tmp_path))
+
+
+def test_resume_refuses_a_reference_that_has_changed(tmp_path):
+    model = model_folder(tmp_path)
+    stopped_run(tmp_path, "--model.name_or_path", model)
+    weights = transformers.AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        weights.lm_head.weight.mul_(1.5)
+    weights.save_pretrained(model)
+    with pytest.raises(UserError, match="the reference has changed"):
+        run(config(tmp_path, "--model.name_or_path", model))
+
+
+def test_a_resumed_run_names_its_step_and_old_checkpoints_go_only_after_the_new_one(tmp_path):
+    flags = ["--train.save_steps", 1, "--train.save_total_limit", 2, "--train.max_steps", 4]
+    folder = run(config(tmp_path, *flags))
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_the_best_weights_are_kept_by_the_chosen_metric(tmp_path):
+    flags = ["--data.eval_fraction", 0.3, "--train.eval_steps", 1, "--train.max_steps", 3]
+    folder = run(config(tmp_path, *flags, "--train.metric_for_best_model", "eval/loss"))
+    losses = {m["step"]: m["eval/loss"] for m in metrics(folder) if "eval/loss" in m and m["step"]}
+    best = json.loads((folder / "best" / "metric.json").read_text())
+    assert best == {"step": min(losses, key=losses.get), "eval/loss": min(losses.values())}
+    assert (folder / "best" / "adapter_model.safetensors").exists()
+
+
+def test_the_first_step_is_logged_alone_and_then_every_logging_steps(tmp_path):
+    flags = ["--train.logging_steps", 3, "--train.max_steps", 7]
+    logged = [m["step"] for m in metrics(run(config(tmp_path, *flags))) if "train/loss" in m]
+    assert logged == [1, 3, 6, 7]
+
+
+def test_epochs_end_with_a_short_step(tmp_path):
+    """24 pairs in steps of 16: two steps an epoch, two epochs."""
+    flags = ["--train.max_steps", -1, "--train.num_train_epochs", 2]
+    assert metrics(run(config(tmp_path, *flags)))[-1]["step"] == 4
+
+
+def test_the_run_folder_holds_what_the_contract_names(tmp_path):
+    flags = ["--data.eval_fraction", 0.3, "--train.report_to", "tensorboard"]
+    folder = run(config(tmp_path, *flags, "--train.eval_prompts", 2, "--train.save_steps", 3))
+    for name in ("config.yaml", "data_report.json", "metrics.jsonl", "summary.json"):
+        assert (folder / name).stat().st_size > 0
+    assert (folder / "final" / "adapter_config.json").exists()
+    assert (folder / "final" / "tokenizer.json").exists()
+    assert (folder / "checkpoint-3").is_dir()
+    assert list(folder.rglob("events.out.tfevents*"))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["before"]["eval/loss"] == pytest.approx(math.log(2), abs=2e-4)
+    assert summary["before"]["eval/kl"] == 0
+    assert summary["after"]["eval/loss"] < summary["before"]["eval/loss"]
+    report = json.loads((folder / "data_report.json").read_text())
+    assert report["rows_read"] == report["pairs_kept"] == 24
+    train, evaluation = metrics(folder)[1], metrics(folder)[0]
+    for name in (
+        "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen "
+        "logps/rejected lengths/chosen lengths/rejected"
+    ).split():
+        assert math.isfinite(train[f"train/{name}"])
+        assert math.isfinite(evaluation[f"eval/{name}"])
+    for name in "grad_norm learning_rate tokens_per_second pairs_per_second memory_gib".split():
+        assert math.isfinite(train[f"train/{name}"])
+
+
+def test_a_reference_of_zero_leaves_the_policy_log_probs_as_rewards(tmp_path):
+    folder = run(config(tmp_path, "--reference.mode", "zero", "--train.max_steps", 1))
+    first = first_step(folder)
+    assert first["train/rewards/chosen"] == pytest.approx(0.1 * first["train/logps/chosen"])
+
+
+def test_training_without_held_out_rows_is_allowed_and_said(tmp_path, capsys):
+    folder = run(config(tmp_path, "--train.max_steps", 1))
+    assert "nothing is held out" in capsys.readouterr().err
+    assert json.loads((folder / "summary.json").read_text()) == {"before": {}, "after": {}}
+
+
+def test_an_unknown_tracker_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(UserError, match=r"train.report_to: got 'wandbb'.*tensorboard"):
+        run(config(tmp_path, "--train.report_to", "wandbb"))
+
+
+def test_the_reference_pass_leaves_the_adapter_on_and_trainable(tmp_path):
+    settings = config(tmp_path)
+    policy = load_policy(settings, "cpu")
+    scorer = Scorer(policy.model)
+    stream = build_stream([([5, 6], [7, 8], [9, 10])])
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    with_adapter = scorer(stream).detach()
+    without = AdapterOff(scorer, policy)(stream)
+    assert not torch.equal(with_adapter, without)
+    assert torch.equal(scorer(stream).detach(), with_adapter)
+    assert any(p.requires_grad for p in policy.model.parameters())
+    assert load_tokenizer(settings.model).chat_template

@@ -1,0 +1,17 @@
+"""Run by torchrun: gradients and metrics of two steps on two CPU processes, saved by rank 0."""
+
+import sys
+
+import torch
+from accelerate.utils import gather_object
+
+from tests.train.runs import config, step_gradients
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, output, rows, *flags = sys.argv[1:]
+    settings = config(folder, *flags, "--train.output_dir", f"{folder}/two", rows=int(rows))
+    gathered = gather_object([step_gradients(settings)])
+    if torch.distributed.get_rank() == 0:
+        torch.save(gathered, output)
+    torch.distributed.destroy_process_group()
