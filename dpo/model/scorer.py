@@ -49,8 +49,11 @@ class Scorer(nn.Module):
         keep_4bit_trainable(model)
         causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
         assert isinstance(causal_lm, PreTrainedModel)
+        backbone = causal_lm.base_model
+        if backbone is causal_lm:  # Llama 4 names another prefix than the attribute it uses
+            backbone = causal_lm.model
         # Kept out of the module tree (a tuple hides them), or every weight would be listed twice.
-        self._parts = (causal_lm, causal_lm.base_model, _plain_head(causal_lm))
+        self._parts = (causal_lm, backbone, _plain_head(causal_lm))
         self._logit_scale, self._softcap = _logit_transform(causal_lm.config.get_text_config())
         self._no_split_modules = causal_lm._no_split_modules  # read by FSDP's wrapping policy
 
