@@ -54,7 +54,7 @@ class LoraConfig:
 
     r: int = 16
     """Rank."""
-    alpha: float = 16
+    alpha: float = 16.0
     """The update is scaled by alpha / r, or by alpha / sqrt(r) with use_rslora."""
     dropout: float = 0.05
     """Dropout on the adapter's input while training; the reference never has any."""
@@ -100,6 +100,8 @@ class DataConfig:
     """Share of the prompts that is held out for evaluation; 0 evaluates nothing."""
     eval_path: str | None = None
     """Held-out pairs of their own, instead of eval_fraction."""
+    eval_split: str = "train"
+    """Split of eval_path."""
     max_prompt_length: int = 1024
     """Tokens; a longer prompt loses its beginning."""
     max_length: int = 1536
@@ -260,7 +262,7 @@ class Config:
 _POSITIVE: tuple[str, Callable[[Any], bool]] = ("a number above 0", lambda x: x > 0)
 _NOT_NEGATIVE: tuple[str, Callable[[Any], bool]] = ("0 or more", lambda x: x >= 0)
 _SHARE: tuple[str, Callable[[Any], bool]] = ("at least 0 and below 1", lambda x: 0 <= x < 1)
-_RANGES = {
+_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora.r": _POSITIVE,
     "lora.alpha": _POSITIVE,
     "lora.dropout": _SHARE,
@@ -339,8 +341,10 @@ def parse(argv: Sequence[str] | None = None, prog: str = "scripts/train.py") -> 
     argv = list(sys.argv[1:] if argv is None else argv)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # No abbreviations: --optim.lr would mean lr_scheduler_type.
-    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config")  # type: ignore[arg-type]
+    parser: Any = jsonargparse.ArgumentParser(
+        prog=prog, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config")
     parser.add_class_arguments(Config, None)
     has_config = any(arg == "--config" or arg.startswith("--config=") for arg in argv)
     if not has_config:

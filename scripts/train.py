@@ -6,7 +6,15 @@
 """
 
 from dpo.config import parse, run
-from dpo.train.trainer import train
+
+
+def main() -> None:
+    """Reads the configuration first: a mistake in it is told at once, before the slow imports."""
+    config = parse()
+    from dpo.train.trainer import train
+
+    train(config)
+
 
 if __name__ == "__main__":
-    run(lambda: train(parse()))
+    run(main)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -115,6 +116,21 @@ def load_base(model: ModelConfig, device: torch.device | str, path: str) -> PreT
         )
     keep_4bit_trainable(base)
     return base.train()
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Puts the trained weights of a checkpoint, of `best/` or of `final/` into the policy."""
+    if hasattr(model, "peft_config"):
+        import peft
+
+        weights = load_file(folder / "adapter_model.safetensors")
+        peft.set_peft_model_state_dict(model, weights, adapter_name="default")
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected, unexpected
+    assert all("lm_head" in name for name in missing), missing  # tied to the embeddings, stored once
 
 
 def keep_4bit_trainable(model: nn.Module) -> None:

@@ -1,10 +1,17 @@
-"""Answers written by the policy, in batches."""
+"""Answers written by the policy, in batches; and by the base beside it, from one model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from dpo.config import Config, UserError, parse
+from dpo.data.chat import choose_template, stop_ids
+from dpo.data.formats import Message
+from dpo.model.load import Policy, load_policy, load_tokenizer, load_weights
+from dpo.model.reference import adapter_off
 
 
 @torch.no_grad()
@@ -61,3 +68,74 @@ def generate(
 def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
     end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids) - 1)
     return ids[: end + 1]
+
+
+def answer_side_by_side(
+    run_folder: Path, conversations: Sequence[list[Message]], **sampling: float
+) -> list[tuple[str, str]]:
+    """(answer before training, answer after it) for each conversation, from one loaded model.
+
+    `sampling`: temperature, top_p, max_new_tokens, seed as for `generate`; both answers start from
+    the same seed. An adapter is switched off and on; without one, the trained weights replace the
+    base's in between.
+
+    Raises:
+        UserError: the folder holds no finished run, or the model has no chat template.
+    """
+    config = read_run(run_folder)
+    tokenizer = load_tokenizer(config.model)
+    template = choose_template(tokenizer, config.data.chat_template)
+    if template is None:
+        raise UserError(f"{run_folder}: data.chat_template was none, so there is no chat to go on.")
+    prompts = [
+        tokenizer.apply_chat_template(
+            conversation,
+            chat_template=template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            sanitize_control_tokens=True,
+        )
+        for conversation in conversations
+    ]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = load_policy(config, device)
+
+    def write() -> list[str]:
+        answers = generate(
+            policy.model,
+            tokenizer,
+            prompts,  # type: ignore[arg-type]
+            stop_ids=stop_ids(policy.model, tokenizer, template),
+            **sampling,  # type: ignore[arg-type]
+        )
+        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]  # type: ignore[union-attr]
+
+    return list(zip(*_before_and_after(policy, run_folder / "final", write), strict=True))
+
+
+def read_run(run_folder: Path) -> Config:
+    """The configuration of a finished run.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (run_folder / "config.yaml").exists() or not (run_folder / "final").is_dir():
+        raise UserError(
+            f"{run_folder} holds no finished run: wanted a folder with config.yaml and final/. Name "
+            "the train.output_dir of one."
+        )
+    return parse(["--config", str(run_folder / "config.yaml")])
+
+
+def _before_and_after(
+    policy: Policy, final: Path, write: Callable[[], list[str]]
+) -> tuple[list[str], list[str]]:
+    if hasattr(policy.model, "peft_config"):
+        load_weights(final, policy.model)
+        with adapter_off(policy):
+            before = write()
+    else:
+        before = write()
+        load_weights(final, policy.model)
+    return before, write()

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dpo.config import Config, UserError
+from dpo.model.load import load_weights
 
 # May differ between a run and its continuation: they do not change what is computed.
 _FREE_KEYS = (
@@ -105,16 +106,7 @@ def load_checkpoint(
     checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """Puts weights and optimizer back where they were; returns the saved state."""
-    if hasattr(model, "peft_config"):
-        import peft
-
-        weights = load_file(checkpoint / "adapter_model.safetensors")
-        peft.set_peft_model_state_dict(model, weights, adapter_name="default")
-    else:
-        weights = {k: v for f in sorted(checkpoint.glob("*.safetensors")) for k, v in load_file(f).items()}
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        assert not unexpected
-        assert all("lm_head" in name for name in missing)  # tied to the embeddings, stored once
+    load_weights(checkpoint, model)
     state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state)
     return json.loads((checkpoint / "state.json").read_text())

@@ -1,0 +1,157 @@
+"""Scripts and recipes as a user runs them."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from dpo.config import parse, resolve
+from dpo.data.stream import build_stream
+from dpo.losses import sigmoid
+from dpo.model.scorer import Scorer
+from dpo.show.evaluate import pair_logps
+
+from tests.train.runs import QUIET, metrics, rows_file, run
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
+
+
+def script(name, *arguments):
+    """Exit code, stdout and stderr of a script."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / name, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def ultrafeedback_file(folder, count):
+    """Packaged rows in UltraFeedback's columns."""
+    rows = []
+    for line in rows_file(folder, count, "orca.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        user = {"role": "user", "content": row["question"]}
+        sides = {
+            name: [user, {"role": "assistant", "content": row[name]}]
+            for name in ("chosen", "rejected")
+        }
+        rows.append({"prompt": row["question"], "prompt_id": "x", **sides, "score_chosen": 8.0})
+    file = folder / "ultrafeedback.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def test_there_are_recipes():
+    assert {"neuralhermes.yaml", "zephyr.yaml"} <= {path.name for path in RECIPES}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs_two_steps_with_nf4_and_paged_adamw(recipe, tmp_path):
+    """The recipe's own keys but for model, data, place and length."""
+    data = ultrafeedback_file(tmp_path, 40) if recipe.stem == "zephyr" else rows_file(tmp_path, 40)
+    flags = ["--model.name_or_path", "quickstart/model", "--model.quantization", "nf4"]
+    flags += ["--data.name_or_path", data, "--data.split", "train", "--data.eval_split", "train"]
+    flags += ["--train.output_dir", tmp_path / "run", "--train.max_steps", 2]
+    settings = parse(["--config", str(recipe), *map(str, flags)])
+    if settings.data.eval_path:
+        settings.data.eval_path = str(data)
+        settings.train.eval_prompts, settings.train.eval_max_new_tokens = 4, 8
+    assert settings.optim.name == "paged_adamw_32bit"
+    folder = run(settings)
+    lines = [line for line in metrics(folder) if "train/loss" in line]
+    assert lines[0]["train/loss"] == pytest.approx(0.6931, abs=2e-4)
+    assert lines[-1]["step"] == 2
+    assert (folder / "final" / "adapter_model.safetensors").exists()
+
+
+def test_the_article_recipe_is_the_dataclass_defaults():
+    """Every key of the article's recipe equals the default; so the defaults are the article's."""
+    from dataclasses import asdict
+
+    from dpo.config import Config
+
+    recipe = asdict(parse(["--config", str(ROOT / "scripts" / "configs" / "neuralhermes.yaml")]))
+    default = asdict(Config())
+    recipe["train"]["output_dir"] = default["train"]["output_dir"]
+    recipe["data"]["format"] = default["data"]["format"]
+    assert sorted(recipe["lora"].pop("target_modules")) == sorted(
+        f"{name}_proj" for name in ("k", "gate", "v", "up", "q", "o", "down")
+    )
+    default["lora"].pop("target_modules")  # all-linear: the same layers of a Mistral
+    assert recipe == default
+
+
+def test_train_and_generate_from_the_command_line(tmp_path):
+    data = rows_file(tmp_path, 20)
+    where = ["--data.name_or_path", data, "--train.output_dir", tmp_path / "run"]
+    code, out, err = script("train.py", *where, *QUIET, "--train.max_steps", 2)
+    assert code == 0, err
+    assert "reference: adapter; layout: shared" in err
+    assert "20 of 20 rows kept" in err
+    assert "Warning" not in err
+    assert f"The trained model is in {tmp_path / 'run' / 'final'}" in out
+
+    arguments = [tmp_path / "run", "Which number is larger, 7 or 9?", "--max_new_tokens", 5]
+    code, out, err = script("generate.py", *arguments)
+    assert code == 0, err
+    assert out.count("before: ") == out.count("after: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--lora.rank", "8"], "unknown key lora.rank. Nearest: lora.r"),
+        (["--data.name_or_path", "no/such.jsonl"], "no/such.jsonl does not exist"),
+        (["--model.name_or_path", "no/such/model"], "model.name_or_path: got 'no/such/model'"),
+    ],
+)
+def test_a_user_error_is_one_message_and_exit_code_2(flags, said, tmp_path):
+    code, out, err = script("train.py", *flags, "--train.output_dir", tmp_path / "run")
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_preview_marks_what_is_scored(tmp_path):
+    data = rows_file(tmp_path, 5)
+    code, out, err = script("preview.py", "--rows", 1, "--data.name_or_path", data)
+    assert code == 0, err
+    row = json.loads(data.read_text().splitlines()[0])
+    assert f"[user] {row['question']}" in out
+    chosen = next(
+        line for before, line in zip(out.splitlines(), out.splitlines()[1:]) if
+        before.startswith("--- chosen:")
+    )
+    assert chosen.replace("|", "") == row["chosen"] + "<im_end>"  # the bars of <|im_end|> go too
+    assert "(<|im_start|>)|(" in out
+    assert "1 of 1 rows kept" in out
+
+
+def test_the_loss_by_hand_is_ours():
+    """docs/dpo_by_hand.py against Scorer and losses, on a policy that differs from its reference."""
+    by_hand = runpy.run_path(str(ROOT / "docs" / "dpo_by_hand.py"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(resolve("quickstart/model"))
+    pair = [tokenizer(by_hand[name])["input_ids"] for name in ("PROMPT", "CHOSEN", "REJECTED")]
+    reference, policy = (
+        transformers.AutoModelForCausalLM.from_pretrained(
+            resolve("quickstart/model"), dtype=torch.float32
+        )
+        for _ in range(2)
+    )
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(1.1)
+        expected = by_hand["dpo_loss"](policy, reference, *pair)
+        stream = build_stream([tuple(pair)])
+        logps = pair_logps(stream, Scorer(policy)(stream), Scorer(reference)(stream))
+        (ours,) = sigmoid(logps, beta=0.1)
+    assert abs(expected - 0.6931) > 1e-3
+    assert abs(ours - expected) <= 1e-5
