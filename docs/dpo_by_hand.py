@@ -6,15 +6,16 @@ A test holds that dpo.losses and dpo.model.scorer give the same number to 1e-5.
 """
 
 import torch
-from dpo.config import resolve
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo.config import resolve
 
 PROMPT = "<|im_start|>user\nWhich number is larger, 7 or 9?<|im_end|>\n<|im_start|>assistant\n"
 CHOSEN, REJECTED, BETA = "The larger number is 9.<|im_end|>", "It is 7.<|im_end|>", 0.1
 
 
 def answer_logp(model, prompt, answer):
-    """Log pi(answer | prompt): the sum of its tokens' log-probs, each predicted one place before."""
+    """Log pi(answer | prompt): its tokens' log-probs, each predicted one place before, summed."""
     ids = torch.tensor([prompt + answer])
     logps = model(ids).logits[0, :-1].log_softmax(-1)  # position t predicts token t + 1
     return logps.gather(1, ids[0, 1:, None]).squeeze(1)[len(prompt) - 1 :].sum()

@@ -341,9 +341,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "scripts/train.py") -> 
     argv = list(sys.argv[1:] if argv is None else argv)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # No abbreviations: --optim.lr would mean lr_scheduler_type.
-    parser: Any = jsonargparse.ArgumentParser(
-        prog=prog, exit_on_error=False, allow_abbrev=False
-    )
+    parser: Any = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(Config, None)
     has_config = any(arg == "--config" or arg.startswith("--config=") for arg in argv)

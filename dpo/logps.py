@@ -2,11 +2,11 @@
 
 A head over 12,000 scored tokens and a vocabulary of 152,000 would need 7 GiB for its fp32 logits
 and as much again for each copy that a softmax and its backward keep. Here the rows are walked in
-tiles. With a frozen head (LoRA), the forward turns each tile of logits into J = d logp / d hidden at once
-and forgets it: the backward is one multiplication, g x J. Two matrix products instead of three, no
-recompute, and any loss may follow. DPO needs this: a pair's gradient is known only when all tokens
-of both answers are summed, so the loss cannot run inside the tile. When the head itself trains,
-the tiles are computed again in the backward.
+tiles. With a frozen head (LoRA), the forward turns each tile of logits into J = d logp / d hidden
+at once and forgets it: the backward is one multiplication, g x J. Two matrix products instead of
+three, no recompute, and any loss may follow. DPO needs this: a pair's gradient is known only when
+all tokens of both answers are summed, so the loss cannot run inside the tile. When the head itself
+trains, the tiles are computed again in the backward.
 
 Axes: `scored` (targets), `hidden`, `vocab`, `sequences`. Unit: nats.
 """
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-TILE_BYTES = 256 * 2**20  # of fp32 logits; one tile is alive at a time
+TILE_BYTES = 256 * 2**20  # of fp32 logits; one tile is alive at a time (three with a soft-cap)
 MAX_TILE_ROWS = 2048  # more rows do not make the matrix product faster
 
 
@@ -40,6 +41,8 @@ def token_logps(
         torch.is_grad_enabled()
     )
     head = _TrainedHead if trains else _FrozenHead
+    if not torch.is_grad_enabled():
+        hidden = hidden.detach()  # so that no J is formed
     return head.apply(hidden, weight, targets, bias, logit_scale, softcap)  # type: ignore[no-any-return]
 
 
@@ -48,7 +51,7 @@ def sequence_logps(
     sequence_ids: Int[Tensor, " scored"],
     num_sequences: int,
 ) -> Float[Tensor, " sequences"]:
-    """Sum of the token log-probs of each sequence, (num_sequences,) nats; 0 where none is scored."""
+    """Sum of each sequence's token log-probs, (num_sequences,) nats; 0 where none is scored."""
     return token_logps.new_zeros(num_sequences).index_add(0, sequence_ids, token_logps)
 
 
@@ -78,6 +81,7 @@ class _FrozenHead(torch.autograd.Function):
         return logps
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (jacobian,) = ctx.saved_tensors
         return grad_logps[:, None].to(jacobian.dtype) * jacobian, None, None, None, None, None
@@ -105,6 +109,7 @@ class _TrainedHead(torch.autograd.Function):
         return logps
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, targets, bias = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
@@ -150,7 +155,7 @@ def _logits(
 
 
 def _matmul_accumulated(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden @ weight.T with fp32 results: bf16 ones would cost 1.7e-2 nats a token."""
+    """Hidden @ weight.T with fp32 results: bf16 ones would cost 1.7e-2 nats a token."""
     dtype = _accumulator(hidden)
     if hidden.dtype == dtype:
         return hidden @ weight.T

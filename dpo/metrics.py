@@ -28,7 +28,7 @@ METRICS = (
 def pair_metrics(
     logps: PairLogps, losses: Float[Tensor, " pairs"], *, beta: float
 ) -> Float[Tensor, "metrics pairs"]:
-    """One row per name of `METRICS`: loss, rewards (beta x nats), log-probs (nats), lengths (tokens).
+    """One row per name of `METRICS`: loss, rewards (beta x nats), log-probs (nats), lengths.
 
     The rewards are beta x log-ratio whatever the loss. A pair counts as accurate when its chosen
     reward is strictly larger: a tie, as between policy and reference at step 0, is not.
@@ -69,7 +69,7 @@ class RunningMeans:
         return {name: total / count for name, total in zip(METRICS, sums, strict=True) if count}
 
     def state(self, all_reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> list[float]:
-        """The sums over all ranks, to `load` on one of them after a resume; every rank must call."""
+        """Sums over all ranks, to `load` on one of them after a resume; every rank must call."""
         return all_reduce(self._sums.clone()).tolist()
 
     def load(self, state: list[float]) -> None:

@@ -1,7 +1,7 @@
-"""Answers prompts with the model before and after training, side by side, from one loaded model.
+r"""Answers prompts with the model before and after training, side by side, from one loaded model.
 
-    python scripts/generate.py runs/quickstart "Which of these words is the last one: hat, bell?"
-    python scripts/generate.py RUN "What is a Large Language Model?" \\
+python scripts/generate.py runs/quickstart "Which of these words is the last one: hat, bell?"
+python scripts/generate.py RUN "What is a Large Language Model?" \
         --system "You are a helpful assistant chatbot." --temperature 0.7 --top_p 0.9
 """
 

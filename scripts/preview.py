@@ -1,7 +1,7 @@
 """Shows the first rows as messages, then as tokens, marked by what is scored.
 
-    python scripts/preview.py [--rows 3] [train.py's flags]
-    python scripts/preview.py --data.name_or_path rows.jsonl --model.name_or_path MODEL
+python scripts/preview.py [--rows 3] [train.py's flags]
+python scripts/preview.py --data.name_or_path rows.jsonl --model.name_or_path MODEL
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Trains a policy with DPO.
 
-    accelerate launch scripts/train.py                                  # the packaged quickstart
-    accelerate launch scripts/train.py --config scripts/configs/neuralhermes.yaml
-    accelerate launch scripts/train.py --train.max_steps 50 --loss.beta 0.3
+accelerate launch scripts/train.py                                  # the packaged quickstart
+accelerate launch scripts/train.py --config scripts/configs/neuralhermes.yaml
+accelerate launch scripts/train.py --train.max_steps 50 --loss.beta 0.3
 """
 
 from dpo.config import parse, run

@@ -5,7 +5,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-
 torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
 
 

@@ -25,7 +25,7 @@ from dpo.data.stream import Segment
 
 NAME = "dpo_two_segment"
 KEYWORD = "dpo_layout"  # how the layout travels: model(..., dpo_layout=...) -> layer -> attention
-# What a call may carry and this attention honours, or may ignore: None, or of no effect in training.
+# What a call may carry that has no effect in training; anything else, unless None, is not honoured.
 _KNOWN = {"position_ids", "use_cache", "is_causal", "output_attentions", "cache_position"}
 
 
@@ -129,7 +129,9 @@ def use_two_segment_attention(backbone: PreTrainedModel) -> None:
             module.register_forward_hook(leave, with_kwargs=True, always_call=True)
 
 
-def _switch(config: PreTrainedConfig, own: str | None) -> tuple[Callable[..., None], Callable[..., None]]:
+def _switch(
+    config: PreTrainedConfig, own: str | None
+) -> tuple[Callable[..., None], Callable[..., None]]:
     def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs.get(KEYWORD) is not None:
             config._attn_implementation = NAME

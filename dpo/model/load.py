@@ -111,8 +111,9 @@ def load_base(model: ModelConfig, device: torch.device | str, path: str) -> PreT
     )
     if info["missing_keys"]:
         raise UserError(
-            f"model.name_or_path: {path} lacks weights for {', '.join(sorted(info['missing_keys'])[:5])}"
-            f" ({len(info['missing_keys'])} in all). They would be random. Take a whole checkpoint."
+            f"model.name_or_path: {path} lacks {len(info['missing_keys'])} weights, among them "
+            f"{', '.join(sorted(info['missing_keys'])[:5])}: they would be random. Take a whole "
+            "checkpoint."
         )
     keep_4bit_trainable(base)
     return base.train()
@@ -130,7 +131,9 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected
-    assert all("lm_head" in name for name in missing), missing  # tied to the embeddings, stored once
+    assert all("lm_head" in name for name in missing), (
+        missing
+    )  # tied to the embeddings, stored once
 
 
 def keep_4bit_trainable(model: nn.Module) -> None:
@@ -196,7 +199,7 @@ def _load_adapter(
     if settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none":
         raise UserError(
             f"model.name_or_path: the adapter in {path} is {settings.get('peft_type')} with bias "
-            f"{settings.get('bias')!r}, wanted LORA with bias 'none': PEFT cannot switch the others "
+            f"{settings.get('bias')!r}, wanted LORA with bias 'none': PEFT cannot switch others "
             "off exactly, so there would be no reference. Merge it and start from the merged model."
         )
     loaded = peft.PeftConfig.from_pretrained(path)

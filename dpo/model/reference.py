@@ -80,7 +80,7 @@ def choose_mode(mode: str, policy: Policy) -> str:
 def build_reference(
     mode: str, scorer: nn.Module, policy: Policy, layout: Literal["shared", "padded"]
 ) -> Reference:
-    """The reference of that mode; call before the first update. `scorer` as Accelerate wrapped it."""
+    """The reference of that mode; before the first update. `scorer` as Accelerate wrapped it."""
     if mode == "zero":
         return Zero()
     if mode == "adapter":

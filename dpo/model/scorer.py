@@ -1,7 +1,8 @@
 """Scorer: Stream -> token log-probs. The module that Accelerate wraps.
 
-Decoder and head both run inside `forward`, and only log-probs leave it: DDP's hooks, FSDP's gathers
-and Accelerate's cast of outputs then have nothing to get wrong, and no (tokens, vocab) tensor exists.
+Decoder and head both run inside `forward`, and only log-probs leave it: DDP's hooks, FSDP's
+gathers and Accelerate's cast of outputs then have nothing to get wrong, and no (tokens, vocab)
+tensor exists.
 
 Two layouts stand behind the same contract. `shared` runs the stream as it is, through the
 two-segment attention. `padded` is for models that this attention cannot serve (recurrent or hybrid
@@ -47,11 +48,11 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
         keep_4bit_trainable(model)
-        causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+        causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
         assert isinstance(causal_lm, PreTrainedModel)
         backbone = causal_lm.base_model
         if backbone is causal_lm:  # Llama 4 names another prefix than the attribute it uses
-            backbone = causal_lm.model
+            backbone = causal_lm.model  # type: ignore[assignment]
         # Kept out of the module tree (a tuple hides them), or every weight would be listed twice.
         self._parts = (causal_lm, backbone, _plain_head(causal_lm))
         self._logit_scale, self._softcap = _logit_transform(causal_lm.config.get_text_config())
@@ -127,7 +128,7 @@ class Scorer(nn.Module):
             return f"it has {', '.join(sorted(other))} layers"
         if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
             return "its positions have several axes"
-        use_two_segment_attention(backbone)
+        use_two_segment_attention(backbone)  # type: ignore[arg-type]
         stream = build_stream([_PROBE]).to(self.device)
         layout = Layout(stream.segments)
         try:
@@ -146,7 +147,7 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """Compares our head with the model's own logits on a few tokens: families differ in scale."""
+        """Compares our head with the model's own logits on a few tokens: families differ."""
         causal_lm, backbone, head = self._parts
         ids = torch.tensor([_PROBE[0] + _PROBE[1]], device=self.device)
         states = backbone(input_ids=ids, use_cache=False).last_hidden_state[0].to(head.weight.dtype)
@@ -194,7 +195,7 @@ def _logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
 def _padded_rows(
     stream: Stream,
 ) -> tuple[Int[Tensor, "sequences longest"], Int[Tensor, " sequences"]]:
-    """For each answer, the stream indices of its own row (padding: index 0), and the row lengths."""
+    """For each answer, the stream indices of its row (padding: index 0), and the row lengths."""
     rows: list[list[int]] = []
     for segment in stream.segments:
         shared = range(segment.start, segment.start + segment.shared)

@@ -7,7 +7,7 @@ unbiased estimate of KL(pi || pi_ref). A greedy answer is what a user would see:
 sample to read, and where the chosen answer is the only right one, whether it is right.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +32,11 @@ from dpo.show.samples import generate
 def pair_logps(stream: Stream, policy: Tensor, reference: Tensor) -> PairLogps:
     """Token log-probs under policy and reference, (scored,) each, to those of whole answers."""
     ones = torch.ones_like(reference)
-    policy, reference, lengths = (
+    chosen_and_rejected = (
         sequence_logps(values, stream.sequence_ids, 2 * stream.num_pairs).view(-1, 2).unbind(1)
         for values in (policy, reference, ones)
     )
-    return PairLogps(*policy, *reference, *lengths)
+    return PairLogps(*(answer for both in chosen_and_rejected for answer in both))
 
 
 @dataclass
@@ -67,14 +67,16 @@ class Evaluator:
 
     def _pair_metrics(self) -> dict[str, float]:
         means, loss = RunningMeans(self.device), self.config.loss
-        mine = range(self.accelerator.process_index, len(self.held_out), self.accelerator.num_processes)
+        mine = range(
+            self.accelerator.process_index, len(self.held_out), self.accelerator.num_processes
+        )
         with torch.no_grad():
             for pairs in self._micro_batches([self.held_out[i] for i in mine]):
                 stream = build_stream(pairs).to(self.device)
                 logps = pair_logps(stream, self.scorer(stream), self.reference(stream))
                 losses = LOSSES[loss.type](logps, **loss.options)
                 means.add(pair_metrics(logps, losses, beta=loss.beta))
-        return means.pop(self.accelerator.reduce)
+        return means.pop(self.accelerator.reduce)  # type: ignore[arg-type]
 
     def _micro_batches(self, pairs: Sequence[TokenizedPair]) -> Iterator[list[TokenizedPair]]:
         budget = self.config.train.tokens_per_microbatch
@@ -93,15 +95,15 @@ class Evaluator:
             "seed": train.seed,
         }
         prompts = [pair.prompt_ids for pair in pairs]
-        write: Callable[..., list[list[int]]] = lambda **more: generate(
-            self.model, self.tokenizer, prompts, **options, **more
+        greedy, sampled = (
+            generate(self.model, self.tokenizer, prompts, temperature=t, **options)
+            for t in (0.0, 1.0)
         )
-        greedy, sampled = write(), write(temperature=1.0)
         log_ratios = self._log_ratios(list(zip(prompts, sampled, greedy, strict=True)))
         samples = [
             {
                 "index": int(index),
-                "prompt": self.tokenizer.decode(pair.prompt_ids),
+                "prompt": self.tokenizer.decode(list(pair.prompt_ids)),
                 "chosen": self._text(pair.chosen_ids),
                 "answer": self._text(answer),
                 "length": len(answer),
@@ -115,7 +117,7 @@ class Evaluator:
     def _log_ratios(
         self, answered: list[tuple[Sequence[int], list[int], list[int]]]
     ) -> list[float]:
-        """log pi - log pi_ref of the first answer to each prompt, nats."""
+        """Log pi - log pi_ref of the first answer to each prompt, nats."""
         log_ratios = [0.0] * len(answered)
         num_tokens = [TokenizedPair(*item).num_stream_tokens for item in answered]
         for positions in micro_batches(num_tokens, self.config.train.tokens_per_microbatch):
@@ -127,7 +129,7 @@ class Evaluator:
         return log_ratios
 
     def _text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _spread(total: int, wanted: int) -> np.ndarray:

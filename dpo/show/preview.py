@@ -1,6 +1,6 @@
 """The first rows as messages and as tokens, marked by what is scored: look before you train."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
@@ -8,7 +8,14 @@ from transformers import PreTrainedTokenizerBase
 from dpo.config import Config, DataSource, resolve
 from dpo.data.audit import Audit
 from dpo.data.chat import ChatTokenizer, Limits, choose_template
-from dpo.data.formats import RECOGNISED_ROWS, Message, Preference, RowError, recognise, to_preference
+from dpo.data.formats import (
+    RECOGNISED_ROWS,
+    Message,
+    Preference,
+    RowError,
+    recognise,
+    to_preference,
+)
 from dpo.data.sources import open_source
 from dpo.data.stream import TokenizedPair
 from dpo.model.load import load_tokenizer
@@ -94,8 +101,10 @@ def _messages(said: list[Message] | str) -> list[str]:
     return [f"[{message['role']}] {message['content']}" for message in said]
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, ids: object, scored: list[bool], paint: str) -> str:
-    texts = [tokenizer.decode([token]) for token in ids]  # type: ignore[union-attr]
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], scored: list[bool], paint: str
+) -> str:
+    texts = [str(tokenizer.decode([token])) for token in ids]
     if not paint:
         marked = [t if is_scored else f"({t})" for t, is_scored in zip(texts, scored, strict=True)]
         return "|".join(t.replace("\n", "\\n") for t in marked)

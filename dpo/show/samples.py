@@ -122,8 +122,8 @@ def read_run(run_folder: Path) -> Config:
     """
     if not (run_folder / "config.yaml").exists() or not (run_folder / "final").is_dir():
         raise UserError(
-            f"{run_folder} holds no finished run: wanted a folder with config.yaml and final/. Name "
-            "the train.output_dir of one."
+            f"{run_folder} holds no finished run: wanted a folder with config.yaml and final/. "
+            "Name the train.output_dir of one."
         )
     return parse(["--config", str(run_folder / "config.yaml")])
 

@@ -1,6 +1,6 @@
 """Run folders and checkpoints: what is written, and what is believed when it is read back.
 
-A checkpoint is the trained weights (PEFT's or transformers' files), the optimizer, and `state.json`.
+A checkpoint is the trained weights (PEFT's or transformers' files), the optimizer, `state.json`.
 The order of the pairs, the dropout and the learning rate are pure functions of the step and need no
 state. It is written aside and renamed when complete, before any older one is deleted, with a
 manifest of sha256 sums: safetensors and torch.load both read a flipped byte without a word.
@@ -50,8 +50,8 @@ def prepare_run_folder(config: Config) -> Path | None:
         checkpoint = Path(resume)
         if not (checkpoint / "state.json").exists():
             raise UserError(
-                f"train.resume: got {resume!r}, wanted auto, never, or a checkpoint folder (one with "
-                "a state.json)."
+                f"train.resume: got {resume!r}, wanted auto, never, or a checkpoint folder (with a "
+                "state.json)."
             )
     elif (folder / "config.yaml").exists():
         checkpoints = list_checkpoints(folder)
@@ -86,7 +86,7 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Writes `checkpoint-{step}` and then deletes all but the newest `keep`; one process calls it."""
+    """Writes `checkpoint-{step}`, then deletes all but the newest `keep`; one process calls it."""
     unfinished, checkpoint = folder / f".checkpoint-{step}", folder / f"checkpoint-{step}"
     for stale in (unfinished, checkpoint):
         shutil.rmtree(stale, ignore_errors=True)
@@ -149,7 +149,9 @@ def save_weights(model: nn.Module, folder: Path) -> None:
         model.save_pretrained(folder)  # type: ignore[operator]
         live = model.state_dict()
     written = {
-        name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
     }
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     same = all(torch.equal(tensor, live[name].cpu()) for name, tensor in written.items())
@@ -162,7 +164,11 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 
 def _check_same_config(config: Config, checkpoint: Path) -> None:
     old, new = (
-        {f"{section}.{key}": value for section, keys in nested.items() for key, value in keys.items()}
+        {
+            f"{section}.{key}": value
+            for section, keys in nested.items()
+            for key, value in keys.items()
+        }
         for nested in (yaml.safe_load((checkpoint / "config.yaml").read_text()), asdict(config))
     )
     changed = [key for key in new if key not in _FREE_KEYS and old.get(key) != new[key]]

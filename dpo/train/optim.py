@@ -40,11 +40,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     groups = [group for group in groups if group["params"]]
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.learning_rate)
-    import bitsandbytes
+    import bitsandbytes.optim as bnb
 
     optimizer = {
-        "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,
-        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
-        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw_32bit": bnb.PagedAdamW32bit,  # type: ignore[attr-defined]
+        "paged_adamw_8bit": bnb.PagedAdamW8bit,  # type: ignore[attr-defined]
+        "adamw_8bit": bnb.AdamW8bit,  # type: ignore[attr-defined]
     }[config.name]
     return optimizer(groups, lr=config.learning_rate)

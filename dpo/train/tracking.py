@@ -1,4 +1,4 @@
-"""What a run says: the header, one bar, `metrics.jsonl`, Accelerate's trackers, the closing table."""
+"""What a run says: one bar, `metrics.jsonl`, Accelerate's trackers, the closing table."""
 
 import json
 import platform
@@ -97,9 +97,8 @@ def check_trackers(report_to: str | list[str]) -> list[str]:
     Raises:
         UserError: naming one that is not.
     """
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
-    from accelerate.tracking import get_available_trackers
 
     wanted = [report_to] if isinstance(report_to, str) else report_to
     wanted = [name for name in wanted if name != "none"]

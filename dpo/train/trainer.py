@@ -7,7 +7,7 @@ step, so every split into micro-batches, every number of ranks and every short l
 gradient.
 
 Left out on purpose: callbacks, and Accelerate's accumulation, schedulers, samplers and
-`save_state`: each of them scales, orders or restores something in a way that would have to be undone.
+`save_state`: each scales, orders or restores something in a way that would have to be undone.
 """
 
 import json
@@ -47,7 +47,7 @@ def train(config: Config) -> Path:
 
     Raises:
         UserError: what the configuration asks for cannot be done; nothing was lost.
-        RuntimeError: the start-up self-check or a gradient shows that the numbers cannot be trusted.
+        RuntimeError: the start-up self-check or a gradient shows numbers that cannot be trusted.
     """
     run = Run(config)
     run.check_start()
@@ -94,9 +94,7 @@ class Run:
         )
         # Before a checkpoint is loaded: the reference is what the policy was at step 0.
         self.reference_mode = choose_mode(config.reference.mode, self.policy)
-        self.reference = build_reference(
-            self.reference_mode, self.scorer, self.policy, self.layout
-        )
+        self.reference = build_reference(self.reference_mode, self.scorer, self.policy, self.layout)
         self.evaluator = Evaluator(
             config,
             accelerator,
@@ -142,7 +140,7 @@ class Run:
         self.window.add(len(pairs), sum(num_tokens))
 
     def _score(self, stream: Stream) -> tuple[PairLogps, Tensor]:
-        """Log-probs under both models, and one loss per pair. The policy first: FSDP wants it so."""
+        """Log-probs under both models, one loss per pair. The policy first: FSDP wants it so."""
         policy = self.scorer(stream)
         logps = pair_logps(stream, policy, self.reference(stream))
         return logps, LOSSES[self.config.loss.type](logps, **self.config.loss.options)
@@ -164,14 +162,20 @@ class Run:
     def log(self, step: int) -> None:
         """Means over the pairs since the last log; the first step is always logged alone."""
         metrics = None
-        if step == 1 or step == self.total_steps or self.is_due(step, self.config.train.logging_steps):
+        if (
+            step == 1
+            or step == self.total_steps
+            or self.is_due(step, self.config.train.logging_steps)
+        ):
             pairs = self.means.pop(self._sum_over_ranks)
-            metrics = {f"train/{name}": value for name, value in (pairs | self.window.pop()).items()}
+            metrics = {
+                f"train/{name}": value for name, value in (pairs | self.window.pop()).items()
+            }
             self.tracker.log(step, metrics)
         self.tracker.advance(metrics)
 
     def evaluate(self, step: int) -> None:
-        """Held-out metrics and samples; keeps the weights in `best/` when they are the best so far."""
+        """Held-out metrics and samples; keeps the weights in `best/` if none were better."""
         if not len(self.data.held_out):
             return
         metrics, samples = self.evaluator.evaluate()
@@ -222,7 +226,9 @@ class Run:
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
             if evaluations:
                 print(f"\n{closing_table(before, after)}\n")
-                print(side_by_side(self._samples_at(before["step"]), self._samples_at(after["step"])))
+                print(
+                    side_by_side(self._samples_at(before["step"]), self._samples_at(after["step"]))
+                )
             print(f"The trained model is in {final}.")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()  # closes trackers and the process group: nothing after it
@@ -258,8 +264,8 @@ class Run:
         mean = (shared - padded).abs().mean().item()
         if not mean <= allowed:
             raise RuntimeError(
-                f"self-check: shared and padded layouts differ by {mean:.3g} nats per token, wanted "
-                f"at most {allowed}. Set model.attention to padded and report the model."
+                f"self-check: shared and padded layouts differ by {mean:.3g} nats per token, "
+                f"wanted at most {allowed}. Set model.attention to padded and report the model."
             )
 
     def header(self) -> str:
@@ -292,7 +298,9 @@ class Run:
                 "optim.learning_rate is never reached"
             )
         if len(self.data.train) < self.pairs_per_step:
-            remarks.append(f"one step holds all {len(self.data.train)} pairs: each step is an epoch")
+            remarks.append(
+                f"one step holds all {len(self.data.train)} pairs: each step is an epoch"
+            )
         if not len(self.data.held_out):
             remarks.append("nothing is held out: no evaluation")
         if config.optim.name.startswith("paged") and self.accelerator.device.type == "cpu":
@@ -301,7 +309,9 @@ class Run:
             remarks.append("int8 layers compute in float16, whatever model.dtype is")
         asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if asked != "no":
-            remarks.append(f"accelerate's mixed precision {asked!r} is not used: model.dtype decides")
+            remarks.append(
+                f"accelerate's mixed precision {asked!r} is not used: model.dtype decides"
+            )
         if self.start_step:
             remarks.append(f"resumed after step {self.start_step}")
         return [f"note: {remark}" for remark in remarks]
@@ -331,14 +341,12 @@ class Run:
         return self.reference(self._first_pairs()).tolist()
 
     def _resume(self, checkpoint: Path) -> int:
-        state = checkpoints.load_checkpoint(
-            checkpoint, self.policy.model, self.optimizer.optimizer
-        )
+        state = checkpoints.load_checkpoint(checkpoint, self.policy.model, self.optimizer.optimizer)
         if state["pairs_per_step"] != self.pairs_per_step:
             raise UserError(
                 f"train.resume: {checkpoint} took {state['pairs_per_step']} pairs a step, now it "
                 f"would be {self.pairs_per_step}. Set train.per_device_train_batch_size and "
-                "train.gradient_accumulation_steps so that the product over all devices is the same."
+                "train.gradient_accumulation_steps so that the product over devices is the same."
             )
         both = zip(self._reference_logps(), state["reference_logps"], strict=True)
         moved = max(abs(now - then) for now, then in both)
@@ -376,10 +384,10 @@ class Run:
         ]
         every = [self.data.train.row_name(i) for indices, _ in losses_seen for i in indices]
         return (
-            f"step {step}: the gradient norm is {self.window.grad_norm}; stopped before the update, "
-            f"so the weights are those of step {step - 1}. Rows whose loss is not finite on rank "
-            f"{self.accelerator.process_index}: {', '.join(bad) or 'none'}; rows of the step there: "
-            f"{', '.join(every)}. Lower optim.learning_rate, or look at these rows."
+            f"step {step}: the gradient norm is {self.window.grad_norm}; stopped before the "
+            f"update, so the weights are those of step {step - 1}. Rows whose loss is not finite on rank "
+            f"{self.accelerator.process_index}: {', '.join(bad) or 'none'}; rows of the step "
+            f"there: {', '.join(every)}. Lower optim.learning_rate, or look at these rows."
         )
 
     def _samples_at(self, step: int) -> list[dict[str, Any]]:
@@ -432,7 +440,7 @@ def _accelerator(config: Config, trackers: list[str]) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",
-        log_with=trackers or None,
+        log_with=trackers or None,  # type: ignore[arg-type]
         project_dir=config.train.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )

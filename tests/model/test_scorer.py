@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
 from dpo.config import UserError
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.model.attention import NAME
 from dpo.model.scorer import Scorer
-
 from tests.models import FAMILIES, tiny, with_lora
 from tests.oracle import stream_logps
 
@@ -145,7 +145,7 @@ def test_models_that_cannot_share_fall_back_to_padded_rows_and_say_why(family, s
     assert reason in scorer.layout_reason
     expected = stream_logps(model, PAIRS)
     assert (scorer(build_stream(PAIRS)) - expected).abs().max() <= 1e-5
-    with pytest.raises(UserError, match="model.attention: got shared"):
+    with pytest.raises(UserError, match="got shared, but this model cannot"):
         Scorer(model, attention="shared")
 
 

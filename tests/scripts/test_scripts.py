@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+
 from dpo.config import parse, resolve
 from dpo.data.stream import build_stream
 from dpo.losses import sigmoid
 from dpo.model.scorer import Scorer
 from dpo.show.evaluate import pair_logps
-
 from tests.train.runs import QUIET, metrics, rows_file, run
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_train_and_generate_from_the_command_line(tmp_path):
     ],
 )
 def test_a_user_error_is_one_message_and_exit_code_2(flags, said, tmp_path):
-    code, out, err = script("train.py", *flags, "--train.output_dir", tmp_path / "run")
+    code, _, err = script("train.py", *flags, "--train.output_dir", tmp_path / "run")
     assert code == 2
     assert said in err
     assert "Traceback" not in err
@@ -127,17 +127,16 @@ def test_preview_marks_what_is_scored(tmp_path):
     assert code == 0, err
     row = json.loads(data.read_text().splitlines()[0])
     assert f"[user] {row['question']}" in out
-    chosen = next(
-        line for before, line in zip(out.splitlines(), out.splitlines()[1:]) if
-        before.startswith("--- chosen:")
-    )
+    lines = iter(out.splitlines())
+    assert any(line.startswith("--- chosen:") for line in lines)
+    chosen = next(lines)
     assert chosen.replace("|", "") == row["chosen"] + "<im_end>"  # the bars of <|im_end|> go too
     assert "(<|im_start|>)|(" in out
     assert "1 of 1 rows kept" in out
 
 
 def test_the_loss_by_hand_is_ours():
-    """docs/dpo_by_hand.py against Scorer and losses, on a policy that differs from its reference."""
+    """docs/dpo_by_hand.py against Scorer and losses, on a policy unlike its reference."""
     by_hand = runpy.run_path(str(ROOT / "docs" / "dpo_by_hand.py"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(resolve("quickstart/model"))
     pair = [tokenizer(by_hand[name])["input_ids"] for name in ("PROMPT", "CHOSEN", "REJECTED")]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+
 from dpo.config import PACKAGE, parse
 from dpo.train.trainer import Run, train
 

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+
 from dpo.config import UserError
 from dpo.data.stream import build_stream
 from dpo.model.load import load_policy, load_tokenizer
@@ -17,7 +18,6 @@ from dpo.model.reference import AdapterOff
 from dpo.model.scorer import Scorer
 from dpo.train import trainer
 from dpo.train.trainer import Run
-
 from tests.train.runs import config, forget_accelerate, metrics, run, step_gradients, training
 
 PACKAGED = "quickstart/model"
@@ -190,7 +190,8 @@ def test_a_killed_and_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path, 
     assert training(resumed) == training(straight)
     for folder in ("final", "checkpoint-4"):
         ours, theirs = (
-            (path / folder / "adapter_model.safetensors").read_bytes() for path in (resumed, straight)
+            (path / folder / "adapter_model.safetensors").read_bytes()
+            for path in (resumed, straight)
         )
         assert ours == theirs
     assert json.loads((resumed / "summary.json").read_text()) == json.loads(
@@ -284,7 +285,9 @@ def test_nf4_layers_stay_trainable_after_evaluation_and_generation(tmp_path, mon
     one.tracker.close_bar()
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(
+    tmp_path, monkeypatch
+):
     pair_logps = trainer.pair_logps
 
     def poisoned(stream, policy, reference):
@@ -314,7 +317,12 @@ def test_metrics_of_five_held_out_pairs_do_not_depend_on_the_micro_batches(tmp_p
         settings = config(
             tmp_path,
             *("--train.tokens_per_microbatch", budget, "--train.max_steps", 2),
-            *("--data.eval_path", tmp_path / "rows.jsonl", "--train.output_dir", tmp_path / str(budget)),
+            *(
+                "--data.eval_path",
+                tmp_path / "rows.jsonl",
+                "--train.output_dir",
+                tmp_path / str(budget),
+            ),
             rows=5,
         )
         results.append([m for m in training(run(settings)) if "eval/loss" in m][-1])

@@ -1,0 +1,140 @@
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [*sorted((ROOT / "dpo").rglob("*.py")), *sorted((ROOT / "scripts").rglob("*.py"))]
+
+# Each imports only from its left, or from itself.
+ORDER = ("losses", "logps", "metrics", "config", "data", "model", "show", "train", "scripts")
+OUTSIDE = ("", "quickstart")  # dpo/__init__.py, and the scripts that make the quickstart's files
+BARE = ("losses", "logps")  # a student runs these with torch alone
+BARE_MAY_IMPORT = {"torch", "jaxtyping", *sys.stdlib_module_names}
+INSIDE_FUNCTIONS = {"peft", "bitsandbytes", "matplotlib", "lm_eval"}
+
+
+def module_name(path):
+    """dpo/data/stream.py: dpo.data.stream; scripts/train.py: scripts.train."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def place(module):
+    """Its name in ORDER or OUTSIDE: dpo.data.stream is of `data`, dpo itself of ''."""
+    package, *rest = module.split(".")
+    return "scripts" if package == "scripts" else rest[0] if rest else ""
+
+
+def imports(source, module, *, is_package=False):
+    """(line, imported module, whether it runs when the module is imported) of every import."""
+
+    def visit(node, at_import):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((child.lineno, alias.name, at_import) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = child.module or ""
+                if child.level:
+                    up = child.level - is_package
+                    parents = module.split(".")[: -up or None]
+                    base = ".".join([*parents, *([base] if base else [])])
+                if base == "dpo":  # `from dpo import losses` imports dpo.losses
+                    yield from (
+                        (child.lineno, f"dpo.{alias.name}", at_import) for alias in child.names
+                    )
+                else:
+                    yield child.lineno, base, at_import
+            inner = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+            yield from visit(child, at_import and not inner)
+
+    return visit(ast.parse(source), True)
+
+
+def complaints(source, module, *, is_package=False):
+    """What is wrong with the imports of one module, in words."""
+    own = place(module)
+    if own not in (*ORDER, *OUTSIDE):
+        return [f"{module}: dpo has no place for {own!r}; the order is {', '.join(ORDER)}"]
+    found = []
+    for line, imported, at_import in imports(source, module, is_package=is_package):
+        where, top = f"{module}, line {line}: imports {imported}", imported.split(".")[0]
+        if top in ("dpo", "scripts"):
+            other = place(imported)
+            if own == "":
+                found.append(f"{where}, though dpo itself imports nothing of its own")
+            elif other not in (*ORDER, own):
+                found.append(f"{where}, which is no module of the order")
+            elif own in ORDER and ORDER.index(other) > ORDER.index(own):
+                found.append(f"{where}, which is to the right of {own}")
+            elif own == other == "scripts":
+                found.append(f"{where}, though scripts hold no logic to import")
+        if own in BARE and top not in (BARE_MAY_IMPORT | {"dpo"}):
+            found.append(f"{where}, though {own} needs torch and jaxtyping alone")
+        if own in BARE and top == "dpo":
+            found.append(f"{where}, though {own} stands by itself")
+        if top in INSIDE_FUNCTIONS and at_import:
+            found.append(f"{where} outside of a function")
+    return found
+
+
+def test_there_are_sources_of_every_place():
+    """The checks below look at something: every place of the order has a file."""
+    assert {place(module_name(path)) for path in SOURCES} >= set(ORDER)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(ROOT)) for path in SOURCES])
+def test_imports_run_one_way_only_and_the_heavy_ones_stay_inside_functions(path):
+    is_package = path.name == "__init__.py"
+    assert complaints(path.read_text(), module_name(path), is_package=is_package) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "said"),
+    [
+        ("dpo.data.stream", "from dpo.model.scorer import Scorer", "to the right of data"),
+        ("dpo.data.stream", "import dpo.train.trainer", "to the right of data"),
+        ("dpo.data.stream", "from dpo import train", "to the right of data"),
+        ("dpo.data.stream", "def f():\n    from dpo.show import samples", "to the right of data"),
+        ("dpo.data.stream", "from ..model import scorer", "to the right of data"),
+        ("dpo.data.stream", "if True:\n    import scripts.train", "to the right of data"),
+        ("dpo.model.load", "from dpo.utils import helper", "no module of the order"),
+        ("dpo.metrics", "from dpo.config import Config", "to the right of metrics"),
+        ("dpo.logps", "import numpy", "needs torch and jaxtyping alone"),
+        ("dpo.losses", "def f():\n    import transformers", "needs torch and jaxtyping alone"),
+        ("dpo.logps", "from dpo.losses import LOSSES", "stands by itself"),
+        ("dpo.model.load", "import peft", "outside of a function"),
+        ("dpo.train.optim", "import bitsandbytes.optim", "outside of a function"),
+        ("dpo.show.report", "class A:\n    from matplotlib import pyplot", "outside of a function"),
+        ("scripts.evaluate", "try:\n    import lm_eval\nexcept E: pass", "outside of a function"),
+        ("scripts.evaluate", "from scripts.train import main", "no logic to import"),
+        ("dpo.helpers", "", "no place for 'helpers'"),
+        ("dpo", "from dpo.losses import sigmoid", "imports nothing of its own"),
+        ("dpo.config", "from dpo.quickstart import build", "no module of the order"),
+    ],
+)
+def test_a_wrong_import_is_caught(module, source, said):
+    (complaint,) = complaints(source, module)
+    assert said in complaint
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dpo.model.load", "def f():\n    import peft\n    import bitsandbytes"),
+        ("dpo.model.load", "async def f():\n    from peft import LoraConfig"),
+        ("dpo.train.trainer", "from dpo.show.evaluate import Evaluator\nfrom dpo import losses"),
+        ("dpo.data.stream", "from .audit import Audit\nfrom dpo.data import chat\nimport numpy"),
+        ("dpo.losses", "import torch.nn.functional as F\nfrom collections import abc"),
+        ("scripts.train", "from dpo.train.trainer import train"),
+    ],
+)
+def test_a_right_import_is_let_through(module, source):
+    """The negative control of the negative control."""
+    assert complaints(source, module) == []
+
+
+def test_nothing_is_called_utils():
+    """A name that says nothing collects everything."""
+    assert [path for path in SOURCES if path.stem in ("utils", "util", "helpers", "misc")] == []
