@@ -8,7 +8,7 @@ For one pair with prompt `a b c`, chosen answer `X Y .` and rejected answer `Z .
 
     predictors         2  3  4  2  5           the state at this index ...
     targets            X  Y  .  Z  .           ... predicts this token
-    sequence_ids       0  0  0  1  1           ... of this answer (chosen_0, rejected_0, chosen_1, ...)
+    sequence_ids       0  0  0  1  1           ... of this answer: chosen_0, rejected_0, ...
 
 The shift by one between input and target happens here and nowhere else. The last state of the
 prompt is indexed twice: it predicts the first token of both answers. The last token of an answer is
@@ -46,7 +46,7 @@ class TokenizedPair:
 
     @property
     def num_shared_answer_tokens(self) -> int:
-        """Length of the common opening of both answers; never a whole answer (its end is no input)."""
+        """Length of the answers' common opening; never a whole answer, whose end is no input."""
         longest = min(len(self.chosen_ids), len(self.rejected_ids)) - 1
         pairs = zip(self.chosen_ids[:longest], self.rejected_ids[:longest], strict=True)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), longest)

@@ -385,8 +385,8 @@ class Run:
         every = [self.data.train.row_name(i) for indices, _ in losses_seen for i in indices]
         return (
             f"step {step}: the gradient norm is {self.window.grad_norm}; stopped before the "
-            f"update, so the weights are those of step {step - 1}. Rows whose loss is not finite on rank "
-            f"{self.accelerator.process_index}: {', '.join(bad) or 'none'}; rows of the step "
+            f"update, so the weights are those of step {step - 1}. Rows whose loss is not "
+            f"finite on rank {self.accelerator.process_index}: {', '.join(bad) or 'none'}; rows of the step "
             f"there: {', '.join(every)}. Lower optim.learning_rate, or look at these rows."
         )
 
