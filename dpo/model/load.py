@@ -211,7 +211,8 @@ def _load_adapter(
     model = peft.PeftModel.from_pretrained(base, path, is_trainable=True, config=loaded)
     frozen = peft.PeftConfig.from_pretrained(path)
     frozen.lora_dropout = 0.0  # type: ignore[attr-defined]
-    model.load_adapter(path, REFERENCE_ADAPTER, is_trainable=False, peft_config=frozen)
+    model.add_adapter(REFERENCE_ADAPTER, frozen)
+    model.load_adapter(path, REFERENCE_ADAPTER, is_trainable=False)
     model.set_adapter("default")
     return model
 

@@ -7,12 +7,12 @@ import peft
 import pytest
 import torch
 import transformers
+
 from dpo.config import Config, UserError, resolve
 from dpo.data.stream import build_stream
 from dpo.model.load import load_policy, load_tokenizer, zero_dropouts
 from dpo.model.reference import AdapterOff, Frozen, Zero, adapter_off, build_reference, choose_mode
 from dpo.model.scorer import Scorer
-
 from tests.models import tiny, with_lora
 
 STREAM = build_stream([([5, 6, 7], [8, 9], [10, 11, 12])])
@@ -128,7 +128,7 @@ def test_an_adapter_folder_is_trained_on_with_its_frozen_copy_as_reference(tmp_p
     assert policy.model.training
     assert torch.equal(reference(STREAM), at_start)  # and without the dropout it was trained with
     with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
+        for parameter in policy.model.parameters():
             if parameter.requires_grad:
                 parameter.mul_(2)
     assert torch.equal(reference(STREAM), at_start)
@@ -138,13 +138,13 @@ def test_an_adapter_folder_is_trained_on_with_its_frozen_copy_as_reference(tmp_p
 
 
 def test_an_adapter_that_peft_cannot_switch_off_exactly_is_refused(tmp_path):
-    with pytest.raises(UserError, match="bias 'all', wanted LORA with bias 'none'"):
+    with pytest.raises(UserError, match="bias 'all', wanted LORA"):
         load_policy(config(sft_adapter(tmp_path, bias="all")), "cpu")
 
 
 def test_an_adapter_folder_cannot_be_fully_fine_tuned(tmp_path):
     folder = sft_adapter(tmp_path)
-    with pytest.raises(UserError, match="model.adapter: got none, but"):
+    with pytest.raises(UserError, match=r"model\.adapter: got none, but"):
         load_policy(config(folder, adapter="none"), "cpu")
 
 

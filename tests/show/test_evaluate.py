@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from dpo.config import resolve
 from dpo.model.reference import adapter_off
 from dpo.show.evaluate import _spread
 from dpo.show.samples import generate
 from dpo.train.tracking import closing_table, side_by_side
 from dpo.train.trainer import Run
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from tests.oracle import answer_logps
 from tests.train.runs import config, forget_accelerate, metrics, run
 
