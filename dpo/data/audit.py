@@ -1,14 +1,19 @@
 """What happened to the rows: every cut, drop and oddity counted, with row numbers.
 
-Written to `data_report.json` and summarised in the run header. Rows read are rows kept plus rows
-dropped, always.
+`Limits` decides the cuts, `Audit` keeps the counts. They are written to `data_report.json` and
+summarised in the run header. Rows read are rows kept plus rows dropped, always.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+from dpo.config import UserError
+from dpo.data.formats import RowError
+from dpo.data.stream import TokenizedPair
 
 RowName = int | str  # the row's number, or "source:number" when there are several sources
 MAX_ROWS_NAMED = 1000  # per reason; the count is always whole
+_TALLIES = ("dropped", "cut", "noted")
 
 
 @dataclass
@@ -29,7 +34,7 @@ class Tally:
 class Audit:
     """Counts over one set of rows.
 
-    `dropped`: by reason. `cut`: shortened to fit. `noted`: kept as they are, but worth knowing.
+    `dropped`: by reason. `cut`: kept, but shortened to fit. `noted`: kept, but worth knowing.
     """
 
     rows_read: int = 0
@@ -48,8 +53,20 @@ class Audit:
         self.cut.setdefault(what, Tally()).add(row)
 
     def note(self, what: str, row: RowName) -> None:
-        """This row is kept whole, but something about it was unusual."""
+        """Something about this row was unusual."""
         self.noted.setdefault(what, Tally()).add(row)
+
+    def absorb(self, other: "Audit", source: str = "") -> None:
+        """Adds the counts of another set; given a source, its rows are named "source:number"."""
+        self.rows_read += other.rows_read
+        self.pairs_kept += other.pairs_kept
+        self.formats |= other.formats
+        for name in _TALLIES:
+            for what, tally in getattr(other, name).items():
+                mine = getattr(self, name).setdefault(what, Tally())
+                rows = [f"{source}:{row}" for row in tally.rows] if source else tally.rows
+                mine.count += tally.count
+                mine.rows += rows[: MAX_ROWS_NAMED - len(mine.rows)]
 
     @property
     def num_dropped(self) -> int:
@@ -57,11 +74,11 @@ class Audit:
         return sum(tally.count for tally in self.dropped.values())
 
     def report(self) -> dict[str, Any]:
-        """As JSON: `{"rows_read": n, "pairs_kept": n, "dropped": {reason: {"count", "rows"}}, ...}`."""
+        """As JSON: `{"rows_read": n, "pairs_kept": n, "dropped": {reason: {"count": n, ...}}}`."""
         assert self.rows_read == self.pairs_kept + self.num_dropped
         tallies = {
             name: {what: vars(tally) for what, tally in getattr(self, name).items()}
-            for name in ("dropped", "cut", "noted")
+            for name in _TALLIES
         }
         counts = {"rows_read": self.rows_read, "pairs_kept": self.pairs_kept}
         return {**counts, "formats": self.formats, **tallies}
@@ -71,15 +88,58 @@ class Audit:
         """The inverse of `report`."""
         tallies = {
             name: {what: Tally(**tally) for what, tally in report[name].items()}
-            for name in ("dropped", "cut", "noted")
+            for name in _TALLIES
         }
         return Audit(report["rows_read"], report["pairs_kept"], report["formats"], **tallies)
 
     def summary(self) -> str:
         """One line for the run header."""
         parts = [f"{self.pairs_kept} of {self.rows_read} rows kept"]
-        for verb, tallies in (("dropped", self.dropped), ("cut", self.cut), ("noted", self.noted)):
-            if tallies:
-                what = ", ".join(f"{tally.count} {name}" for name, tally in tallies.items())
-                parts.append(f"{verb}: {what}")
+        for name in _TALLIES:
+            if tallies := getattr(self, name):
+                what = ", ".join(f"{tally.count} {reason}" for reason, tally in tallies.items())
+                parts.append(f"{name}: {what}")
         return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Lengths in tokens, and what happens to a pair beyond them."""
+
+    max_prompt_length: int
+    max_length: int
+    on_overlong: Literal["truncate", "drop", "error"]
+
+    def fit(self, pair: TokenizedPair, row: RowName) -> tuple[TokenizedPair, list[str]]:
+        """Cuts the prompt from the left and the answers from the right, and says what it cut.
+
+        A cut answer gets no turn end: it is scored as the prefix it is.
+
+        Raises:
+            RowError: too long under on_overlong=drop, or the same answer twice.
+            UserError: too long under on_overlong=error.
+        """
+        prompt = pair.prompt_ids[-self.max_prompt_length :]
+        room = self.max_length - len(prompt)
+        too_long = {
+            "prompt": len(prompt) < len(pair.prompt_ids),
+            "chosen": len(pair.chosen_ids) > room,
+            "rejected": len(pair.rejected_ids) > room,
+        }
+        cut = [part for part, is_cut in too_long.items() if is_cut]
+        if cut and self.on_overlong == "drop":
+            raise RowError("overlong", ", ".join(cut))
+        if cut and self.on_overlong == "error":
+            raise UserError(
+                f"row {row}: too long ({', '.join(cut)}): got {len(pair.prompt_ids)} prompt, "
+                f"{len(pair.chosen_ids)} chosen and {len(pair.rejected_ids)} rejected tokens, "
+                f"wanted at most {self.max_prompt_length} of prompt and {self.max_length} in all. "
+                "Raise data.max_length, or set data.on_overlong to truncate or drop."
+            )
+        chosen, rejected = pair.chosen_ids[:room], pair.rejected_ids[:room]
+        if chosen == rejected:
+            were_equal = pair.chosen_ids == pair.rejected_ids
+            raise RowError("identical answers" if were_equal else "identical once cut", "")
+        chosen_scored = pair.chosen_scored and pair.chosen_scored[:room]
+        rejected_scored = pair.rejected_scored and pair.rejected_scored[:room]
+        return TokenizedPair(prompt, chosen, rejected, chosen_scored, rejected_scored), cut

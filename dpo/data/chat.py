@@ -4,52 +4,58 @@ What is scored of an answer, exactly:
   * The scored span begins after the longest common token prefix of the rendered prompt and both
     rendered full texts. Comparing tokens of whole texts, instead of tokenising prompt and answer
     apart, is what makes a token that merges across the border come out as the model will see it.
-  * It ends with exactly one turn-end token: the last control token of the rendered text. What a
-    template writes after it (ChatML: a newline) is dropped. Without any, EOS is appended.
-  * A cut answer ends where it is cut: no turn-end is added, it is scored as the prefix it is.
-  * In an answer of several turns the assistant's are scored, each with its turn-end.
+  * It ends with exactly one turn end: the last control token of the rendered text. What a template
+    writes after it (ChatML: a newline) is dropped. Without any, EOS is appended. The one exception
+    is the EOS with which Phi's templates close a whole conversation, after the turn's own end.
+  * A cut answer ends where it is cut: no turn end is added, it is scored as the prefix it is.
+  * In an answer of several turns the assistant's are scored, each with its turn end.
 
 A literal control token in a message (`<|im_end|>` in a question about ChatML) is encoded as the
 plain text that it is, so that it cannot end a turn. Ready-made ChatML is the exception.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from dpo.config import UserError
-from dpo.data.audit import Audit, RowName
-from dpo.data.formats import Message, Preference, RowError
+from dpo.data.audit import Audit, Limits, RowName
+from dpo.data.formats import IM_START, Message, Preference, RowError
 from dpo.data.stream import TokenizedPair
 
+IM_END = "<|im_end|>"
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_VERBATIM = "{{ messages[0]['content'] }}"  # a template that adds nothing
 # Rows whose prompt reads otherwise once an answer follows are dropped for this reason. Templates
 # that rewrite the thinking do it to every row; then `loader` refuses the whole set.
 TEMPLATE_DIFFERS = "prompt renders differently before an answer"
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str | None:
-    """The Jinja template that `data.chat_template` means; None where messages are refused.
+    """The Jinja template that `data.chat_template` means.
+
+    None: messages will be refused. With auto that is for a tokenizer without a template and without
+    ChatML's control tokens, which plain text does not need.
 
     Raises:
         UserError: ChatML for a tokenizer that does not know its control tokens, or no such file.
     """
     if choice == "none":
         return None
-    if choice == "auto" and tokenizer.chat_template:
-        return tokenizer.get_chat_template()
-    if choice in ("auto", "chatml"):
-        require_chatml(tokenizer, f"data.chat_template: got {choice}")
+    if choice == "auto":
+        if tokenizer.chat_template:
+            return tokenizer.get_chat_template()
+        return None if _missing_in_chatml(tokenizer) else CHATML
+    if choice == "chatml":
+        require_chatml(tokenizer, "data.chat_template: got chatml")
         return CHATML
     if not Path(choice).is_file():
         raise UserError(
@@ -61,9 +67,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str | No
 
 def require_chatml(tokenizer: PreTrainedTokenizerBase, problem: str) -> None:
     """Refuses ChatML for a tokenizer that would spell its control tokens out as text."""
-    added = tokenizer.get_added_vocab()
-    missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in added]
-    if missing:
+    if missing := _missing_in_chatml(tokenizer):
         raise UserError(
             f"{problem}, but the tokenizer {tokenizer.name_or_path!r} does not know "
             f"{' and '.join(missing)} as single tokens. Take a model that does, or give its own "
@@ -71,13 +75,9 @@ def require_chatml(tokenizer: PreTrainedTokenizerBase, problem: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Lengths in tokens, and what happens to a pair beyond them."""
-
-    max_prompt_length: int
-    max_length: int
-    on_overlong: Literal["truncate", "drop", "error"]
+def _missing_in_chatml(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    known = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    return [token for token in (IM_START, IM_END) if token not in known]
 
 
 class ChatTokenizer:
@@ -99,27 +99,27 @@ class ChatTokenizer:
     ):
         self._tokenizer, self._template = tokenizer, template
         self._limits, self._audit = limits, audit
-        added = tokenizer.added_tokens_decoder
-        # Some tokenizers do not mark their turn markers as special: what the template writes counts.
-        control = {
-            i: token.content
-            for i, token in added.items()
-            if token.special or (token.content.strip() and token.content in (template or ""))
-        }
-        self._control_ids = control.keys() | set(tokenizer.all_special_ids)
-        self._control_texts = list(control.values())
         eos = tokenizer.eos_token_id
         if not isinstance(eos, int):
             raise UserError(
-                f"the tokenizer {tokenizer.name_or_path!r} has no EOS token: answers could not end. "
+                f"the tokenizer {tokenizer.name_or_path!r} has no EOS token to end answers with. "
                 "Set eos_token in its tokenizer_config.json."
             )
         self._eos = eos
         # What the tokenizer puts before plain text by itself: BOS, or nothing.
-        with_special, bare = (
-            list(tokenizer("a", add_special_tokens=add)["input_ids"]) for add in (True, False)
-        )
+        with_special, bare = (self._encode(["a"], add_special_tokens=a)[0] for a in (True, False))
         self._bos = with_special[: with_special.index(bare[0])]
+        self._bos_text = str(tokenizer.decode(self._bos))
+
+        added = tokenizer.added_tokens_decoder.items()
+        special = {i: token.content for i, token in added if token.special}
+        # Some tokenizers do not mark turn markers as special: what the template writes counts too.
+        written = "\0".join((template or "", *(tokenizer.chat_control_tokens or ())))
+        spelt = {i: t.content for i, t in added if t.content.strip() and t.content in written}
+        self._control_ids = special.keys() | spelt.keys() | set(tokenizer.all_special_ids)
+        self._special = _any_of(special.values())
+        self._control = _any_of((special | spelt).values())
+        self._closes_with_eos = template is not None and self._is_closed_with_eos()
 
     def tokenize(
         self, rows: Sequence[tuple[RowName, Preference]]
@@ -132,125 +132,162 @@ class ChatTokenizer:
         rendered = []
         for row, preference in rows:
             try:
-                rendered.append((row, preference, self._render_three(preference)))
+                rendered.append((row, preference, self._texts(preference)))
             except RowError as error:
                 self._audit.drop(error.reason, row)
-        if not rendered:
-            return
         # One call of the (Rust) tokenizer for the batch; it is what takes the time.
-        texts = [text for _, _, three in rendered for text in three]
-        ids = iter(self._tokenizer(texts, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
-        for (row, preference, three), *encoded in zip(rendered, ids, ids, ids, strict=True):
+        ids = iter(self._encode([text for _, _, texts in rendered for text in texts]))
+        for (row, preference, texts), *encoded in zip(rendered, ids, ids, ids, strict=True):
+            notes: set[str] = set()
             try:
-                if self._holds_control_token(preference):
-                    self._audit.note("control token in text, neutralised", row)
-                    encoded = [self._encode_neutralised(preference, a) for a in _answers(preference)]
-                pair = self._fit(row, self._split(row, preference, three, encoded))
+                if self._holds_control_token(preference, texts):
+                    notes.add("control token in text, neutralised")
+                    encoded = self._neutralised(preference, texts)
+                pair, cut = self._limits.fit(self._split(preference, texts, encoded, notes), row)
             except RowError as error:
                 self._audit.drop(error.reason, row)
-            else:
-                yield row, pair
+                continue
+            for note in sorted(notes):
+                self._audit.note(note, row)
+            for part in cut:
+                self._audit.shorten(part, row)
+            yield row, pair
 
-    def _render_three(self, preference: Preference) -> list[str]:
+    def prompt_text(self, preference: Preference) -> str:
+        """The prompt as the model reads it: rows where it is equal ask the same."""
+        if preference.kind == "messages":
+            return self._render(preference, [], tokenize=False)
+        # Some files write the BOS that the tokenizer adds, or the EOS that is appended (see below).
+        return str(preference.prompt).removeprefix(self._bos_text)
+
+    def _texts(self, preference: Preference) -> list[str]:
         """The prompt's text, and the whole texts with the chosen and with the rejected answer."""
-        return [self._render(preference, answer) for answer in _answers(preference)]
+        prompt = self.prompt_text(preference)
+        answers = (preference.chosen, preference.rejected)
+        if preference.kind == "messages":
+            return [prompt, *(self._render(preference, a, tokenize=False) for a in answers)]
+        if preference.kind == "chatml":
+            return [prompt, *(prompt + _chatml_turn(str(a)) for a in answers)]
+        eos = str(self._tokenizer.eos_token)
+        return [prompt, *(prompt + _without_end(str(a), eos) for a in answers)]
 
     def _render(
-        self, preference: Preference, answer: Any, *, prompt: bool | None = None, **how: Any
+        self, preference: Preference, answer: Any, *, is_prompt: bool | None = None, **how: Any
     ) -> Any:
-        """Prompt and answer through the template; without an answer (or with prompt=True), as a prompt.
+        """Messages through the template: text, or token ids if `how` says so.
 
-        Text, or with tokenize=True token ids.
+        As a prompt, which asks for the assistant's turn, where there is no answer.
         """
-        template = self._template if preference.kind == "messages" else _VERBATIM
-        if template is None:
+        if self._template is None:
             raise UserError(
-                "data.chat_template: got none, but the rows hold messages. Set it to auto, chatml "
-                "or the path of a template."
+                "the rows hold messages, and there is no template to write them with: "
+                "data.chat_template is none, or it is auto and the tokenizer "
+                f"{self._tokenizer.name_or_path!r} has neither a template nor ChatML's control "
+                "tokens. Give a template as a file in data.chat_template."
             )
-        if preference.kind == "messages":
-            conversation = [*preference.prompt, *answer]
-        else:
-            text = preference.prompt + answer  # type: ignore[operator]
-            if preference.kind == "text":  # some files write the EOS that is appended here
-                text = text.removesuffix(str(self._tokenizer.eos_token))
-            conversation = [{"role": "user", "content": text}]
-            if not how:
-                return text
         try:
             return self._tokenizer.apply_chat_template(
-                conversation,
-                tools=preference.tools,
-                chat_template=template,
-                add_generation_prompt=not answer if prompt is None else prompt,
-                **{"tokenize": False, **how},
+                [*preference.prompt, *answer],  # type: ignore[arg-type]
+                tools=preference.tools,  # type: ignore[arg-type]
+                chat_template=self._template,
+                add_generation_prompt=not answer if is_prompt is None else is_prompt,
+                **how,
             )
-        except jinja2.TemplateError as error:
+        except jinja2.TemplateSyntaxError as error:
+            problem = f"{error} (line {error.lineno} of the template)"
+            raise UserError(f"data.chat_template: {problem}. Correct the template.") from None
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise RowError(f"the template refuses it: {error}", "") from None
 
-    def _encode_neutralised(
-        self, preference: Preference, answer: Any, *, prompt: bool | None = None
-    ) -> list[int]:
+    def _render_ids(self, preference: Preference, answer: Any, **how: Any) -> list[int]:
         """Token ids in which control tokens stand only where the template writes them."""
-        return self._render(
-            preference,
-            answer,
-            prompt=prompt,
-            tokenize=True,
-            return_dict=False,
-            sanitize_control_tokens=preference.kind != "chatml",
-        )
+        sanitised = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True}
+        return self._render(preference, answer, **sanitised, **how)
 
-    def _holds_control_token(self, preference: Preference) -> bool:
+    def _encode(self, texts: Sequence[str], **how: Any) -> list[list[int]]:
+        if not texts:
+            return []
+        only_ids = {"return_attention_mask": False, "return_token_type_ids": False}
+        how = {"add_special_tokens": False, "verbose": False, **only_ids, **how}
+        return self._tokenizer(list(texts), **how)["input_ids"]  # type: ignore[return-value]
+
+    def _holds_control_token(self, preference: Preference, texts: Sequence[str]) -> bool:
         if preference.kind == "chatml":
             return False
-        texts = (
-            [part for part in (preference.prompt, preference.chosen, preference.rejected)]
-            if preference.kind == "text"
-            else [
-                str(value)
-                for messages in (preference.prompt, preference.chosen, preference.rejected)
-                for message in messages
-                for value in message.values()  # type: ignore[union-attr]
-            ]
-        )
-        return any(control in str(text) for text in texts for control in self._control_texts)
+        if preference.kind == "text":
+            return any(self._special.search(text) for text in texts)
+        fields = (preference.prompt, preference.chosen, preference.rejected, preference.tools)
+        return any(self._control.search(text) for text in _strings(fields))
+
+    def _neutralised(self, preference: Preference, texts: Sequence[str]) -> list[list[int]]:
+        """The three token lists again, with control tokens in the row encoded as plain text."""
+        if preference.kind == "text":
+            return self._encode(texts, split_special_tokens=True)
+        answers = ([], preference.chosen, preference.rejected)
+        return [self._render_ids(preference, answer) for answer in answers]
 
     def _split(
-        self, row: RowName, preference: Preference, texts: list[str], encoded: list[list[int]]
+        self,
+        preference: Preference,
+        texts: Sequence[str],
+        encoded: Sequence[list[int]],
+        notes: set[str],
     ) -> TokenizedPair:
-        """Splits both texts at their border with the prompt, and ends each with one turn-end."""
+        """Splits both texts at their border with the prompt, and ends each with one turn end."""
         prompt_text, *full_texts = texts
         if not all(text.startswith(prompt_text) for text in full_texts):
             raise RowError(TEMPLATE_DIFFERS, "")
-        if preference.kind == "text":
-            encoded = [self._bos + ids for ids in encoded]
-        prompt, chosen, rejected = encoded
-        border = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+        is_text = preference.kind == "text"
+        prompt, *full = [self._bos + ids for ids in encoded] if is_text else encoded
+        border = min(_common_prefix(prompt, ids) for ids in full)
         if not border:
-            raise RowError("empty prompt", "no token comes before the answers")
+            raise RowError("prompt merges into the answer", "no token comes before the border")
         if border < len(prompt):
-            self._audit.note("border token merged", row)
+            notes.add("border token merged")
         sides = []
-        for answer, ids in ((preference.chosen, chosen), (preference.rejected, rejected)):
-            ended = self._end_turn(ids, border)
-            if len(ended) > len(ids) and preference.kind != "text":
-                self._audit.note("turn end appended", row)
-            sides.append((ended[border:], self._scored(preference, answer, ended, border)))
+        for answer, text, ids in zip(
+            (preference.chosen, preference.rejected), full_texts, full, strict=True
+        ):
+            ended = [*ids, self._eos] if is_text else self._end_turn(ids, border)
+            if len(ended) - border < 2:
+                raise RowError("empty answer", "only the turn end is left")
+            if preference.kind == "messages" and len(ended) > len(ids):
+                notes.add("turn end appended")
+            sides.append((ended[border:], self._scored(preference, answer, text, ended, border)))
         (chosen, chosen_scored), (rejected, rejected_scored) = sides
         return TokenizedPair(prompt[:border], chosen, rejected, chosen_scored, rejected_scored)
 
     def _end_turn(self, ids: list[int], border: int) -> list[int]:
         """Drops what follows the last control token of the answer; appends EOS if there is none."""
-        last = len(ids) - 1
-        while last >= border and ids[last] not in self._control_ids:
-            last -= 1
-        if last >= border and not self._tokenizer.decode(ids[last + 1 :]).strip():  # type: ignore[union-attr]
-            return ids[: last + 1]
-        return [*ids, self._eos]
+        answer = ids[border:]
+        end = self._closing_eos(answer) if self._closes_with_eos else 0
+        end = end or self._turn_end(answer)
+        return ids[: border + end] if end else [*ids, self._eos]
+
+    def _turn_end(self, ids: list[int]) -> int:
+        """Length up to the last control token; 0 without one, or where text follows it."""
+        end = len(ids)
+        while end and ids[end - 1] not in self._control_ids:
+            end -= 1
+        return 0 if self._tokenizer.decode(ids[end:]).strip() else end  # type: ignore[union-attr]
+
+    def _closing_eos(self, ids: list[int]) -> int:
+        """Length up to a turn end after which there is only an EOS; 0 if it is not like that."""
+        end = self._turn_end(ids)
+        return self._turn_end(ids[: end - 1]) if end and ids[end - 1] == self._eos else 0
+
+    def _is_closed_with_eos(self) -> bool:
+        r"""Whether the template writes one more EOS after the last turn's end, even after a user's.
+
+        Phi's do: `<|end|>\n<|endoftext|>`. It ends the text; the turn has ended before it.
+        """
+        try:
+            return bool(self._closing_eos(self._render_ids(_asked(), [], is_prompt=False)))
+        except RowError:  # the template wants an answer, or a system message
+            return False
 
     def _scored(
-        self, preference: Preference, answer: Any, ids: list[int], border: int
+        self, preference: Preference, answer: Any, text: str, ids: list[int], border: int
     ) -> list[bool] | None:
         """Marks the assistant's turns in an answer of several; None where it is one turn."""
         if preference.kind != "messages" or len(answer) == 1:
@@ -259,55 +296,47 @@ class ChatTokenizer:
         for i, message in enumerate(answer):
             if message["role"] != "assistant":
                 continue
-            before = self._encode_neutralised(preference, answer[:i], prompt=True)
-            after = self._encode_neutralised(preference, answer[: i + 1], prompt=False)
-            start = border if i == 0 else len(before)
-            end = len(ids) if i == len(answer) - 1 else len(self._end_turn(after, start))
-            if ids[:start] != before[:start] or ids[:end] != after[:end]:
+            asked = self._render(preference, answer[:i], is_prompt=True, tokenize=False)
+            before = self._render_ids(preference, answer[:i], is_prompt=True)
+            after = self._render_ids(preference, answer[: i + 1], is_prompt=False)
+            start = _common_prefix(before, ids) if i else border
+            after = self._end_turn(after, start)
+            if not text.startswith(asked) or ids[: len(after)] != after:
                 raise RowError("turns render differently in context", f"turn {i + 1}")
-            scored[start:end] = [True] * (end - start)
+            scored[start : len(after)] = [True] * (len(after) - start)
         return scored[border:]
 
-    def _fit(self, row: RowName, pair: TokenizedPair) -> TokenizedPair:
-        """Cuts the prompt from the left and the answers from the right; refuses what is left over."""
-        limits = self._limits
-        prompt = pair.prompt_ids[-limits.max_prompt_length :]
-        room = limits.max_length - len(prompt)
-        cut = [
-            name
-            for name, is_cut in (
-                ("prompt", len(prompt) < len(pair.prompt_ids)),
-                ("chosen", len(pair.chosen_ids) > room),
-                ("rejected", len(pair.rejected_ids) > room),
-            )
-            if is_cut
-        ]
-        if cut and limits.on_overlong == "drop":
-            raise RowError("overlong", ", ".join(cut))
-        if cut and limits.on_overlong == "error":
-            raise UserError(
-                f"row {row}: too long ({', '.join(cut)}): got {len(pair.prompt_ids)} prompt, "
-                f"{len(pair.chosen_ids)} chosen and {len(pair.rejected_ids)} rejected tokens, wanted "
-                f"at most {limits.max_prompt_length} of prompt and {limits.max_length} of prompt and "
-                "answer. Raise data.max_length, or set data.on_overlong to truncate or drop."
-            )
-        chosen_scored = pair.chosen_scored and pair.chosen_scored[:room]
-        rejected_scored = pair.rejected_scored and pair.rejected_scored[:room]
-        fitted = TokenizedPair(
-            prompt, pair.chosen_ids[:room], pair.rejected_ids[:room], chosen_scored, rejected_scored
-        )
-        if fitted.chosen_ids == fitted.rejected_ids:
-            raise RowError("identical answers", "")
-        if any(scored is not None and not any(scored) for scored in (chosen_scored, rejected_scored)):
-            raise RowError("no assistant token left", "")
-        for name in cut:
-            self._audit.shorten(name, row)
-        return fitted
+
+def _asked(*answer: Message) -> Preference:
+    """A question to try a template on."""
+    prompt = [{"role": "user", "content": "a"}]
+    return Preference(kind="messages", prompt=prompt, chosen=list(answer), rejected=[])
 
 
-def _answers(preference: Preference) -> tuple[Any, Any, Any]:
-    """No answer, the chosen and the rejected one: what the three texts of a row end with."""
-    return "" if isinstance(preference.chosen, str) else [], preference.chosen, preference.rejected
+def _chatml_turn(answer: str) -> str:
+    r"""Ready-made answers come with `<|im_end|>\n`, with `<|im_end|>` and without either."""
+    turn = _without_end(answer, IM_END)
+    if IM_START in turn or IM_END in turn:
+        raise RowError("several turns in a ChatML answer", "")
+    return turn + IM_END
+
+
+def _without_end(answer: str, end: str) -> str:
+    bare = answer.rstrip()
+    return bare.removesuffix(end) if bare.endswith(end) else answer
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")  # (?!) never matches
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in nested lists and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -315,19 +344,13 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
-def stop_ids(
-    model: Any, tokenizer: PreTrainedTokenizerBase, template: str | None
-) -> list[int]:
+def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[int]:
     """Tokens that end an answer: EOS, the model's own list, and the template's turn end."""
     own = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    stops = {*(own if isinstance(own, list) else [own])}
+    stops.add(tokenizer.eos_token_id)  # type: ignore[arg-type]
     if template:
         chat = ChatTokenizer(tokenizer, template, Limits(1, 2, "truncate"), Audit())
-        answered = Preference(
-            kind="messages",
-            prompt=[{"role": "user", "content": "a"}],
-            chosen=[{"role": "assistant", "content": "b"}],
-            rejected=[],
-        )
-        stops.add(chat._end_turn(chat._encode_neutralised(answered, answered.chosen), 0)[-1])
+        asked = _asked({"role": "assistant", "content": "b"})
+        stops.add(chat._end_turn(chat._render_ids(asked, asked.chosen), 0)[-1])
     return sorted(stop for stop in stops if stop is not None)

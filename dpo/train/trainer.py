@@ -387,7 +387,8 @@ class Run:
             f"step {step}: the gradient norm is {self.window.grad_norm}; stopped before the "
             f"update, so the weights are those of step {step - 1}. Rows whose loss is not "
             f"finite on rank {self.accelerator.process_index}: {', '.join(bad) or 'none'}; rows "
-            f"of the step there: {', '.join(every)}. Lower optim.learning_rate, or look at these rows."
+            f"of this step there: {', '.join(every)}. Lower optim.learning_rate, or "
+            "look at these rows."
         )
 
     def _samples_at(self, step: int) -> list[dict[str, Any]]:
