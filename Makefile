@@ -3,10 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# One process is enough for the quickstart; the rest only says what the defaults are, or accelerate
+# prints a page about them.
+LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
 .PHONY: train test check clean
 
 train: .venv/installed
-	$(BIN)/accelerate launch --quiet scripts/train.py
+	$(BIN)/accelerate launch $(LAUNCH) scripts/train.py
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest

@@ -89,6 +89,16 @@ class Pairs(Sequence[TokenizedPair]):
         name, row = self._row(index)
         return f"{name}:{row['row']}" if name else str(row["row"])
 
+    def digest(self) -> str:
+        """Of all token ids and of the order of the pairs: tells data apart."""
+        digest = hashlib.sha256(self._places.tobytes())
+        for _, table in self._tables:
+            for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+                for chunk in table.data[name].chunks:
+                    digest.update(chunk.flatten().to_numpy())
+                    digest.update(chunk.value_lengths().to_numpy())
+        return digest.hexdigest()
+
     def select(self, indices: np.ndarray) -> "Pairs":
         """These of the pairs, in this order; may repeat."""
         return Pairs(self._tables, self._places[indices])
@@ -136,7 +146,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreferenceD
     train, held_out = pairs.select(np.concatenate(seen)), pairs.select(np.flatnonzero(is_held_out))
     report, summary = audit.report(), [f"data: {audit.summary()}"]
     if data.eval_path:
-        opened = open_source(resolve(data.eval_path))
+        opened = open_source(resolve(data.eval_path), subset=data.subset, split=data.eval_split)
         table, eval_audit = _tokenized(opened, data.format, data, tokenizer)
         held_out = Pairs([("", table)])
         report["held_out_source"] = eval_audit.report()

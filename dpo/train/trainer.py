@@ -194,6 +194,7 @@ class Run:
         """Writes `checkpoint-{step}`."""
         state = {
             "pairs_per_step": self.pairs_per_step,
+            "data": self.data.train.digest(),
             "sums": self.means.state(self._sum_over_ranks),
             "best": self.best,
             "reference_logps": self._reference_logps(),
@@ -294,7 +295,7 @@ class Run:
         config, remarks = self.config, []
         if config.optim.warmup_steps >= self.total_steps:
             remarks.append(
-                f"the warm-up ({config.optim.warmup_steps} steps) is as long as the run: "
+                f"the warm-up ({config.optim.warmup_steps} steps) is not shorter than the run: "
                 "optim.learning_rate is never reached"
             )
         if len(self.data.train) < self.pairs_per_step:
@@ -347,6 +348,11 @@ class Run:
                 f"train.resume: {checkpoint} took {state['pairs_per_step']} pairs a step, now it "
                 f"would be {self.pairs_per_step}. Set train.per_device_train_batch_size and "
                 "train.gradient_accumulation_steps so that the product over devices is the same."
+            )
+        if state["data"] != self.data.train.digest():
+            raise UserError(
+                f"train.resume: the pairs have changed since {checkpoint}: their tokens or their "
+                "order differ. Restore the rows, or set train.resume to never."
             )
         both = zip(self._reference_logps(), state["reference_logps"], strict=True)
         moved = max(abs(now - then) for now, then in both)

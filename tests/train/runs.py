@@ -26,6 +26,7 @@ def config(folder, *flags, rows=24):
     data = rows_file(folder, rows)
     where = ["--data.name_or_path", str(data), "--train.output_dir", str(Path(folder) / "run")]
     base = ["--train.max_steps", "3", "--optim.warmup_steps", "0", "--train.resume", "auto"]
+    base += ["--lora.dropout", "0", "--loss.beta", "0.1", "--train.save_steps", "0"]
     return parse([*where, *QUIET, *base, *map(str, flags)])
 
 

@@ -366,6 +366,15 @@ def test_resume_refuses_a_damaged_checkpoint_and_names_the_file(tmp_path):
         run(config(tmp_path))
 
 
+def test_resume_refuses_rows_that_have_changed(tmp_path):
+    stopped_run(tmp_path)
+    settings = config(tmp_path)
+    file = tmp_path / "rows.jsonl"
+    file.write_text(file.read_text().replace('"chosen": "The', '"chosen": "A', 1))
+    with pytest.raises(UserError, match="the pairs have changed"):
+        run(settings)
+
+
 def test_resume_refuses_a_reference_that_has_changed(tmp_path):
     model = model_folder(tmp_path)
     stopped_run(tmp_path, "--model.name_or_path", model)
