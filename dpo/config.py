@@ -238,6 +238,22 @@ class Config:
                 "frozen",
                 "auto or adapter: with an adapter the frozen model is the base under it, for free",
             )
+        if model.adapter == "none" and model.dtype == "float16":
+            _refuse(
+                "model.dtype",
+                "float16",
+                "bfloat16 or float32, since model.adapter is none: AdamW's steps underflow in "
+                "float16 weights",
+            )
+        if self.lora.init not in (True, "gaussian"):
+            _refuse(
+                "lora.init",
+                self.lora.init,
+                "true or gaussian: with the others the base under the adapter, which is the "
+                "reference, is not the model that training starts from",
+            )
+        if data.eval_split != "train" and not data.eval_path:
+            _refuse("data.eval_split", data.eval_split, "train, since there is no data.eval_path")
         if data.eval_path and data.eval_fraction:
             _refuse("data.eval_fraction", data.eval_fraction, "0, since data.eval_path is set")
         if data.max_prompt_length >= data.max_length:

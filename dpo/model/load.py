@@ -72,7 +72,9 @@ def load_policy(config: Config, device: torch.device | str) -> Policy:
     policy.notes += [f"set to 0 in both passes: {name}" for name in zero_dropouts(base)]
     if getattr(base.config.get_text_config(), "router_aux_loss_coef", None):
         policy.notes.append("the router's auxiliary loss is left out: DPO alone is minimised")
-    if config.model.adapter == "lora":
+    if config.model.adapter == "none":
+        policy.notes.append("full fine-tuning: lora.* is not used")
+    else:
         base.requires_grad_(False)
         policy.starts_from_adapter = adapter is not None
         policy.model = (

@@ -36,39 +36,51 @@ _FREE_KEYS = (
 ).split()
 
 
-def prepare_run_folder(config: Config) -> Path | None:
-    """Makes the run folder; returns the checkpoint to go on from, None for a fresh start.
-
-    A run that is not continued is renamed to `NAME.old-1` and so on; nothing is deleted.
+def find_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that `train.resume` means, None for a fresh start; changes nothing.
 
     Raises:
         UserError: the run is finished, its checkpoint is damaged, or the configuration changed.
     """
     folder, resume = Path(config.train.output_dir), config.train.resume
-    checkpoint = None
-    if resume not in ("auto", "never"):
+    if resume == "never":
+        return None
+    if resume == "auto":
+        if (folder / "summary.json").exists():
+            raise UserError(
+                f"train.output_dir: {folder} holds a finished run. Name another folder, or set "
+                "train.resume to never: the old run is then put aside."
+            )
+        found = list_checkpoints(folder)
+        if not found:
+            return None
+        checkpoint = found[-1]
+    else:
         checkpoint = Path(resume)
         if not (checkpoint / "state.json").exists():
             raise UserError(
                 f"train.resume: got {resume!r}, wanted auto, never, or a checkpoint folder (with a "
                 "state.json)."
             )
-    elif (folder / "config.yaml").exists():
-        checkpoints = list_checkpoints(folder)
-        if resume == "auto" and (folder / "summary.json").exists():
-            raise UserError(
-                f"train.output_dir: {folder} holds a finished run. Name another folder, or set "
-                "train.resume to never: the old run is then put aside."
-            )
-        if resume == "auto" and checkpoints:
-            checkpoint = checkpoints[-1]
-        else:
-            _put_aside(folder)
-    if checkpoint:
-        verify(checkpoint)
-        _check_same_config(config, checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
+    verify(checkpoint)
+    _check_same_config(config, checkpoint)
     return checkpoint
+
+
+def prepare_run_folder(folder: Path, checkpoint: Path | None) -> None:
+    """Makes the run folder, or takes over the one that the checkpoint is in.
+
+    Another run that lies there is renamed to `NAME.old-1` and so on; nothing is deleted. A
+    checkpoint of another folder brings along what was logged before it.
+    """
+    is_here = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+    if (folder / "config.yaml").exists() and not is_here:
+        _put_aside(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint and not is_here:
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (checkpoint.parent / name).exists():
+                shutil.copy(checkpoint.parent / name, folder / name)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

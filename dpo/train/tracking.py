@@ -2,11 +2,15 @@
 
 import json
 import platform
+import resource
 import sys
+import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -28,15 +32,16 @@ _TABLE = (
 class Tracker:
     """Writes metrics; only the main process does, the others call in vain."""
 
-    def __init__(self, accelerator: Accelerator, config: Config, folder: Path, start_step: int):
+    def __init__(self, accelerator: Accelerator, folder: Path):
         self._accelerator = accelerator
-        self._file = folder / "metrics.jsonl"
+        self._file, self._samples = folder / "metrics.jsonl", folder / "samples.jsonl"
         self._bar: tqdm[Any] | None = None
-        if not accelerator.is_main_process:
-            return
-        # What was logged after the checkpoint that the run goes on from happens again.
-        kept = [line for line in self.lines() if line["step"] <= start_step] if start_step else []
-        self._file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def rewind(self, start_step: int) -> None:
+        """Forgets what was logged after the step that the run goes on from: it comes again."""
+        for file in (self._file, self._samples):
+            kept = [line for line in _read_lines(file) if line["step"] <= start_step]
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def start(self, config: Config, start_step: int, total_steps: int) -> None:
         """Opens trackers and the bar."""
@@ -79,16 +84,29 @@ class Tracker:
         if self._accelerator.is_main_process:
             tqdm.write(text, file=sys.stderr)
 
-    def lines(self) -> list[dict[str, Any]]:
-        """What was logged so far."""
-        if not self._file.exists():
-            return []
-        return [json.loads(line) for line in self._file.read_text().splitlines()]
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Lines of samples.jsonl."""
+        with self._samples.open("a") as file:
+            file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The evaluation lines so far; the first is that before training."""
+        return [line for line in _read_lines(self._file) if "eval/loss" in line]
+
+    def samples_at(self, step: int) -> list[dict[str, Any]]:
+        """The samples of the evaluation at a step."""
+        return [line for line in _read_lines(self._samples) if line["step"] == step]
 
     def close_bar(self) -> None:
         """So that what is printed next stands below it."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def check_trackers(report_to: str | list[str]) -> list[str]:
@@ -142,3 +160,54 @@ def side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]], coun
             "",
         ]
     return "\n".join(parts)
+
+
+@dataclass
+class Window:
+    """What is measured between two logs, apart from the pairs' own metrics."""
+
+    pairs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+    _last: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves out the time since the last step."""
+        self._last = time.perf_counter()
+
+    def add(self, pairs: int, tokens: int) -> None:
+        """Counts one step, over all ranks, that has just ended."""
+        now = time.perf_counter()
+        self.pairs, self.tokens = self.pairs + pairs, self.tokens + tokens
+        self.seconds, self._last = self.seconds + now - self._last, now
+
+    def pop(self) -> dict[str, float]:
+        """Metrics of the window; starts a new one."""
+        metrics = {
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            "tokens_per_second": self.tokens / self.seconds,
+            "pairs_per_second": self.pairs / self.seconds,
+            "memory_gib": peak_memory_gib(),
+        }
+        self.pairs, self.tokens, self.seconds = 0, 0, 0.0
+        return metrics
+
+
+def device_name(device: torch.device) -> str:
+    """For the run header."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory_gib() -> float:
+    """Of this process since it started: allocated on the GPU, or resident on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

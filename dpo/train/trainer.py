@@ -12,17 +12,11 @@ Left out on purpose: callbacks, and Accelerate's accumulation, schedulers, sampl
 
 import json
 import math
-import os
-import resource
-import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 
 from dpo.config import Config, UserError, save
@@ -35,11 +29,12 @@ from dpo.model.reference import build_reference, choose_mode
 from dpo.model.scorer import Scorer
 from dpo.show.evaluate import Evaluator, pair_logps
 from dpo.train import checkpoint as checkpoints
+from dpo.train.header import header
+from dpo.train.launch import build_accelerator, on_main
 from dpo.train.optim import build_optimizer, learning_rate
-from dpo.train.tracking import Tracker, check_trackers, closing_table, side_by_side, versions
+from dpo.train.tracking import Tracker, Window, check_trackers, closing_table, side_by_side
 
 SELF_CHECK_PAIRS = 2
-LN_2 = math.log(2)
 
 
 def train(config: Config) -> Path:
@@ -70,8 +65,8 @@ class Run:
         config.check()
         self.config = config
         trackers = check_trackers(config.train.report_to)
-        self.accelerator = accelerator = _accelerator(config, trackers)
-        resume_from = _on_main(accelerator, lambda: checkpoints.prepare_run_folder(config))
+        self.accelerator = accelerator = build_accelerator(config, trackers)
+        resume_from = on_main(accelerator, lambda: checkpoints.find_checkpoint(config))
         self.folder = Path(config.train.output_dir)
 
         self.tokenizer = load_tokenizer(config.model)
@@ -106,15 +101,17 @@ class Run:
             accelerator.device,
         )
         self.means = RunningMeans(accelerator.device)
-        self.window = _Window()
+        self.window = Window()
         self.best: float | None = None
-        self.samples: list[dict[str, Any]] = []
         self.start_step = self._resume(resume_from) if resume_from else 0
-        self.tracker = Tracker(accelerator, config, self.folder, self.start_step)
+        # Only now, when nothing can be wrong with the configuration any more, is anything written.
+        self.tracker = Tracker(accelerator, self.folder)
         if accelerator.is_main_process:
+            checkpoints.prepare_run_folder(self.folder, resume_from)
+            self.tracker.rewind(self.start_step)
             save(config, self.folder / "config.yaml")
             (self.folder / "data_report.json").write_text(json.dumps(self.data.report, indent=1))
-        self.tracker.say(self.header())
+        self.tracker.say(header(self))
         self.tracker.start(config, self.start_step, self.total_steps)
 
     def train_step(self, step: int) -> None:
@@ -181,14 +178,10 @@ class Run:
         metrics, samples = self.evaluator.evaluate()
         self.window.restart_clock()  # evaluation is not training time
         self.tracker.log(step, metrics)
-        if not self.accelerator.is_main_process:
-            return
-        self.samples = samples
-        with (self.folder / "samples.jsonl").open("a" if step else "w") as file:
-            file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
-        name = self.config.train.metric_for_best_model
-        if name and step:
-            self._keep_best(step, name, metrics)
+        if self.accelerator.is_main_process:
+            self.tracker.log_samples(step, samples)
+            if step:
+                self._keep_best(step, metrics)
 
     def save(self, step: int) -> None:
         """Writes `checkpoint-{step}`."""
@@ -219,17 +212,13 @@ class Run:
             checkpoints.save_weights(self.policy.model, final)
             self.tokenizer.save_pretrained(final)
             self.tracker.close_bar()
-            evaluations = [
-                line for line in self.tracker.lines() if any(k.startswith("eval/") for k in line)
-            ]
+            evaluations = self.tracker.evaluations()
             before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
             summary = {"before": before, "after": after}
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
             if evaluations:
-                print(f"\n{closing_table(before, after)}\n")
-                print(
-                    side_by_side(self._samples_at(before["step"]), self._samples_at(after["step"]))
-                )
+                old, new = (self.tracker.samples_at(line["step"]) for line in (before, after))
+                print(f"\n{closing_table(before, after)}\n\n{side_by_side(old, new)}")
             print(f"The trained model is in {final}.")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()  # closes trackers and the process group: nothing after it
@@ -268,54 +257,6 @@ class Run:
                 f"self-check: shared and padded layouts differ by {mean:.3g} nats per token, "
                 f"wanted at most {allowed}. Set model.attention to padded and report the model."
             )
-
-    def header(self) -> str:
-        """What runs, on what, against what: everything a reader of the log would ask."""
-        config, model, accelerator = self.config, self.policy.model, self.accelerator
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in model.parameters())
-        steps = math.ceil(len(self.data.train) / self.pairs_per_step)
-        lines = [
-            versions(),
-            f"device: {accelerator.num_processes} x {_device_name(accelerator.device)}",
-            f"model: {config.model.name_or_path}, {config.model.dtype}, quantization "
-            f"{config.model.quantization}, {trained:,} of {total:,} stored parameters train",
-            f"reference: {self.reference_mode}; layout: {self.layout}"
-            + (f" ({self.layout_reason})" if self.layout_reason else ""),
-            *self.data.summary,
-            f"pairs: {len(self.data.train)} to train on, {len(self.data.held_out)} held out; "
-            f"{self.pairs_per_step} a step, {steps} steps an epoch, {self.total_steps} steps",
-            *self.policy.notes,
-            *self._remarks(),
-        ]
-        return "\n".join(lines)
-
-    def _remarks(self) -> list[str]:
-        """What is allowed, and probably not meant; and what the environment asked for in vain."""
-        config, remarks = self.config, []
-        if config.optim.warmup_steps >= self.total_steps:
-            remarks.append(
-                f"the warm-up ({config.optim.warmup_steps} steps) is not shorter than the run: "
-                "optim.learning_rate is never reached"
-            )
-        if len(self.data.train) < self.pairs_per_step:
-            remarks.append(
-                f"one step holds all {len(self.data.train)} pairs: each step is an epoch"
-            )
-        if not len(self.data.held_out):
-            remarks.append("nothing is held out: no evaluation")
-        if config.optim.name.startswith("paged") and self.accelerator.device.type == "cpu":
-            remarks.append(f"{config.optim.name} runs unpaged on a CPU")
-        if config.model.quantization == "int8":
-            remarks.append("int8 layers compute in float16, whatever model.dtype is")
-        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if asked != "no":
-            remarks.append(
-                f"accelerate's mixed precision {asked!r} is not used: model.dtype decides"
-            )
-        if self.start_step:
-            remarks.append(f"resumed after step {self.start_step}")
-        return [f"note: {remark}" for remark in remarks]
 
     @staticmethod
     def is_due(step: int, every: int) -> bool:
@@ -367,7 +308,10 @@ class Run:
         self.best = state["best"]
         return state["step"]
 
-    def _keep_best(self, step: int, name: str, metrics: dict[str, float]) -> None:
+    def _keep_best(self, step: int, metrics: dict[str, float]) -> None:
+        name = self.config.train.metric_for_best_model
+        if not name:
+            return
         if name not in metrics:
             raise UserError(
                 f"train.metric_for_best_model: got {name!r}, wanted one of {', '.join(metrics)}."
@@ -397,98 +341,11 @@ class Run:
             "look at these rows."
         )
 
-    def _samples_at(self, step: int) -> list[dict[str, Any]]:
-        lines = (self.folder / "samples.jsonl").read_text().splitlines()
-        return [sample for sample in map(json.loads, lines) if sample["step"] == step]
-
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")  # type: ignore[return-value]
-
-
-@dataclass
-class _Window:
-    """What is measured between two logs, apart from the pairs' own metrics."""
-
-    pairs: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    grad_norm: float = 0.0
-    learning_rate: float = 0.0
-    _last: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leaves out the time since the last step."""
-        self._last = time.perf_counter()
-
-    def add(self, pairs: int, tokens: int) -> None:
-        """Counts one step, over all ranks, that has just ended."""
-        now = time.perf_counter()
-        self.pairs, self.tokens = self.pairs + pairs, self.tokens + tokens
-        self.seconds, self._last = self.seconds + now - self._last, now
-
-    def pop(self) -> dict[str, float]:
-        """Metrics of the window; starts a new one."""
-        metrics = {
-            "grad_norm": self.grad_norm,
-            "learning_rate": self.learning_rate,
-            "tokens_per_second": self.tokens / self.seconds,
-            "pairs_per_second": self.pairs / self.seconds,
-            "memory_gib": _peak_memory_gib(),
-        }
-        self.pairs, self.tokens, self.seconds = 0, 0, 0.0
-        return metrics
-
-
-def _accelerator(config: Config, trackers: list[str]) -> Accelerator:
-    """Accelerate for devices, processes and trackers alone; model.dtype decides the precision."""
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no",
-        log_with=trackers or None,  # type: ignore[arg-type]
-        project_dir=config.train.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise UserError(
-            f"accelerate: {launched} processes were launched, but each would train alone. On CPUs "
-            "launch with `accelerate launch --multi_gpu --num_processes N` or torchrun."
-        )
-    return accelerator
-
-
-def _on_main(accelerator: Accelerator, do: Any) -> Any:
-    """What `do` returns on the main process, on every process; a user's error reaches them all."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = do()
-        except UserError as error:
-            outcome[1] = str(error)
-    if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
 
 
 def _total_steps(config: Config, num_pairs: int, pairs_per_step: int) -> int:
     if config.train.max_steps > 0:
         return config.train.max_steps
     return config.train.num_train_epochs * math.ceil(num_pairs / pairs_per_step)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _peak_memory_gib() -> float:
-    """Of this process since it started: allocated on the GPU, or resident on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -470,3 +470,30 @@ def test_the_reference_pass_leaves_the_adapter_on_and_trainable(tmp_path):
     assert torch.equal(scorer(stream).detach(), with_adapter)
     assert any(p.requires_grad for p in policy.model.parameters())
     assert load_tokenizer(settings.model).chat_template
+
+
+def test_a_mistake_in_the_data_leaves_the_old_run_where_it_is(tmp_path):
+    """Also with resume=never: nothing is renamed until nothing can be wrong any more."""
+    folder = run(config(tmp_path, "--train.max_steps", 1))
+    settings = config(tmp_path, "--train.resume", "never", "--data.format", "openai")
+    with pytest.raises(UserError, match="'input' is missing"):
+        run(settings)
+    assert (folder / "summary.json").exists()
+    assert not (tmp_path / "run.old-1").exists()
+
+
+def test_a_run_that_never_reached_a_checkpoint_is_put_aside_and_started_again(tmp_path):
+    folder = run(config(tmp_path, "--train.max_steps", 1))
+    (folder / "summary.json").unlink()
+    again = run(config(tmp_path, "--train.max_steps", 1))
+    assert (tmp_path / "run.old-1" / "metrics.jsonl").exists()
+    assert training(again) == training(tmp_path / "run.old-1")
+
+
+def test_going_on_in_another_folder_brings_the_log_along(tmp_path):
+    flags = ["--data.eval_fraction", 0.3, "--train.save_steps", 2]
+    first = run(config(tmp_path, *flags))
+    other = ["--train.resume", first / "checkpoint-2", "--train.output_dir", tmp_path / "other"]
+    second = run(config(tmp_path, *flags, *other))
+    assert training(second) == training(first)
+    assert json.loads((second / "summary.json").read_text())["before"]["step"] == 0
