@@ -12,6 +12,7 @@ LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dyna
 train: .venv/installed
 	$(BIN)/accelerate launch $(LAUNCH) scripts/train.py
 
+# All tests but those that need a GPU (they are skipped without one).
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
 

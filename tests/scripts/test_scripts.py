@@ -89,6 +89,7 @@ def test_the_article_recipe_is_the_dataclass_defaults():
     assert recipe == default
 
 
+@pytest.mark.slow
 def test_train_and_generate_from_the_command_line(tmp_path):
     data = rows_file(tmp_path, 20)
     where = ["--data.name_or_path", data, "--train.output_dir", tmp_path / "run"]

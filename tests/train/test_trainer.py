@@ -223,6 +223,7 @@ def test_dropout_differs_between_steps_and_the_resumed_test_would_notice(tmp_pat
     assert training(other) != training(straight)
 
 
+@pytest.mark.slow
 def test_the_final_adapter_scores_in_a_fresh_process_as_it_did_in_this_one(tmp_path):
     folder = run(config(tmp_path, "--train.max_steps", 4, "--optim.learning_rate", 1e-2))
     code = (
