@@ -252,6 +252,13 @@ class Config:
                 "true or gaussian: with the others the base under the adapter, which is the "
                 "reference, is not the model that training starts from",
             )
+        if self.lora.use_dora and model.dtype != "float32":
+            _refuse(
+                "lora.use_dora",
+                True,
+                f"false, since model.dtype is {model.dtype}: DoRA's norms round there, and the "
+                "policy would not start as its reference; or model.dtype float32",
+            )
         if data.eval_split != "train" and not data.eval_path:
             _refuse("data.eval_split", data.eval_split, "train, since there is no data.eval_path")
         if data.eval_path and data.eval_fraction:
@@ -270,9 +277,30 @@ class Config:
                 train.metric_for_best_model,
                 "null, since nothing is held out: set data.eval_path or data.eval_fraction",
             )
+        if train.metric_for_best_model not in (None, *BEST_METRICS):
+            _refuse(
+                "train.metric_for_best_model",
+                train.metric_for_best_model,
+                f"null or one of {', '.join(BEST_METRICS)}",
+            )
+        if train.metric_for_best_model == "eval/kl" and not train.eval_prompts:
+            _refuse("train.eval_prompts", 0, "at least 1, since eval/kl chooses the best model")
+        if train.metric_for_best_model == "eval/exact_match" and not train.eval_exact_match:
+            _refuse("train.eval_exact_match", False, "true, since it chooses the best model")
         if train.eval_exact_match and not train.eval_prompts:
             _refuse("train.eval_prompts", 0, "at least 1, since train.eval_exact_match is true")
 
+
+# The metrics that can choose the best weights, and which value of each is the better one.
+BEST_METRICS: dict[str, Callable[..., float]] = {
+    "eval/loss": min,
+    "eval/kl": min,
+    "eval/rewards/accuracies": max,
+    "eval/rewards/margins": max,
+    "eval/rewards/chosen": max,
+    "eval/logps/chosen": max,
+    "eval/exact_match": max,
+}
 
 # What a number must satisfy, in words and as a test; by key.
 _POSITIVE: tuple[str, Callable[[Any], bool]] = ("a number above 0", lambda x: x > 0)
@@ -442,6 +470,9 @@ def run(main: Callable[[], object]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 # Said by libraries about themselves; nothing that a user could act on.

@@ -488,7 +488,10 @@ def test_what_cannot_be_honoured_together_is_refused(sections, said):
             "train": TrainConfig(metric_for_best_model="eval/loss"),
         },
         {"train": TrainConfig(max_steps=50)},  # shorter than the 100 steps of warm-up: allowed
-        {"lora": LoraConfig(target_modules=["q_proj"], use_rslora=True, use_dora=True)},
+        {
+            "lora": LoraConfig(target_modules=["q_proj"], use_rslora=True, use_dora=True),
+            "model": ModelConfig(dtype="float32"),
+        },
     ],
 )
 def test_what_can_be_honoured_together_is_accepted(sections):
@@ -558,3 +561,26 @@ def test_a_users_own_quickstart_folder_comes_first(tmp_path, monkeypatch):
     (tmp_path / "quickstart").mkdir()
     (tmp_path / "quickstart" / "train.jsonl").touch()
     assert resolve("quickstart/train.jsonl") == "quickstart/train.jsonl"
+
+
+def test_the_best_model_is_chosen_by_a_metric_that_is_measured_and_has_a_direction():
+    held_out = ["--config", str(QUICKSTART), "--train.metric_for_best_model"]
+    assert "wanted null or one of eval/loss" in refusal([*held_out, "eval/los"])
+    assert "wanted null or one of eval/loss" in refusal([*held_out, "eval/lengths/chosen"])
+    unmeasured = ["--train.eval_exact_match", "false"]
+    assert "train.eval_exact_match: got False" in refusal(unmeasured)
+    unmeasured += ["--train.eval_prompts", "0", "--train.metric_for_best_model", "eval/kl"]
+    assert "train.eval_prompts: got 0" in refusal(unmeasured)
+
+
+def test_dora_wants_float32_and_adapters_start_where_the_reference_is():
+    assert "lora.use_dora: got True" in refusal(
+        ["--lora.use_dora", "true", "--model.dtype", "bfloat16"]
+    )
+    assert "lora.init: got 'pissa', wanted true or gaussian" in refusal(["--lora.init", "pissa"])
+    assert "model.dtype: got 'float16'" in refusal(
+        ["--model.adapter", "none", "--model.dtype", "float16"]
+    )
+    assert "data.eval_split: got 'test'" in refusal(
+        ["--data.name_or_path", "x", "--data.eval_split", "test"]
+    )

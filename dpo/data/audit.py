@@ -95,6 +95,8 @@ class Audit:
     def summary(self) -> str:
         """One line for the run header."""
         parts = [f"{self.pairs_kept} of {self.rows_read} rows kept"]
+        if self.formats:
+            parts.append(f"format {', '.join(sorted(set(self.formats.values())))}")
         for name in _TALLIES:
             if tallies := getattr(self, name):
                 what = ", ".join(f"{tally.count} {reason}" for reason, tally in tallies.items())

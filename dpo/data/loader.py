@@ -37,6 +37,7 @@ from dpo.data.stream import TokenizedPair
 
 BATCH_ROWS = 1000  # tokenised at once
 MAX_DIFFERING = 0.02  # share of rows that the template may render differently; above, it is refused
+_SCORED = ("chosen_scored", "rejected_scored")
 _SCHEMA = pa.schema(
     {
         "row": pa.int64(),
@@ -93,10 +94,10 @@ class Pairs(Sequence[TokenizedPair]):
         """Of all token ids and of the order of the pairs: tells data apart."""
         digest = hashlib.sha256(self._places.tobytes())
         for _, table in self._tables:
-            for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            for name in ("prompt_ids", "chosen_ids", "rejected_ids", *_SCORED):
                 for chunk in table.data[name].chunks:
-                    digest.update(chunk.flatten().to_numpy())
-                    digest.update(chunk.value_lengths().to_numpy())
+                    digest.update(chunk.flatten().to_numpy(zero_copy_only=False))
+                    digest.update(chunk.value_lengths().fill_null(-1).to_numpy())
         return digest.hexdigest()
 
     def select(self, indices: np.ndarray) -> "Pairs":
@@ -146,7 +147,13 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreferenceD
     train, held_out = pairs.select(np.concatenate(seen)), pairs.select(np.flatnonzero(is_held_out))
     report, summary = audit.report(), [f"data: {audit.summary()}"]
     if data.eval_path:
-        opened = open_source(resolve(data.eval_path), subset=data.subset, split=data.eval_split)
+        same = data.eval_path == data.name_or_path  # other splits of one data set
+        opened = open_source(
+            resolve(data.eval_path),
+            subset=data.subset if same else None,
+            revision=data.revision if same else None,
+            split=data.eval_split,
+        )
         table, eval_audit = _tokenized(opened, data.format, data, tokenizer)
         held_out = Pairs([("", table)])
         report["held_out_source"] = eval_audit.report()
@@ -154,8 +161,8 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreferenceD
     report |= {"pairs_trained_on_per_epoch": len(train), "pairs_held_out": len(held_out)}
     if not len(train):
         raise UserError(
-            f"data: no pair is left to train on. {audit.summary()}. Change data.format, "
-            "data.max_length, data.eval_fraction or the rows."
+            f"data: no pair is left to train on: {audit.summary()}; {len(held_out)} held out. "
+            "Change data.format, data.max_length, data.eval_fraction or the rows."
         )
     return PreferenceData(train, held_out, report, summary)
 

@@ -145,13 +145,16 @@ def keep_4bit_trainable(model: nn.Module) -> None:
     afterwards no gradient passes through them and their outputs have moved (bitsandbytes 0.50).
     """
     for module in model.modules():
-        if type(module).__name__ == "Linear4bit" and not hasattr(module, "kept_trainable"):
+        is_4bit = type(module).__name__ == "Linear4bit"
+        # PEFT's layer around it has the same name, and LoRA's dropout inside: leave that one alone.
+        is_own = type(module).__module__.startswith("bitsandbytes")
+        if is_4bit and is_own and not hasattr(module, "kept_trainable"):
             module.register_forward_pre_hook(_to_train_mode)
             module.kept_trainable = True  # type: ignore[assignment]
 
 
 def _to_train_mode(layer: nn.Module, _: Any) -> None:
-    layer.train()
+    layer.training = True
 
 
 def zero_dropouts(model: nn.Module) -> list[str]:

@@ -58,7 +58,7 @@ class Scorer(nn.Module):
         self._logit_scale, self._softcap = _logit_transform(causal_lm.config.get_text_config())
         self._no_split_modules = causal_lm._no_split_modules  # read by FSDP's wrapping policy
 
-        was_training = model.training
+        modes = [(module, module.training) for module in model.modules()]
         self.eval()  # the probes compare two passes: no LoRA dropout
         obstacle = "" if attention == "padded" else self._obstacle_to_sharing()
         if attention == "shared" and obstacle:
@@ -71,7 +71,8 @@ class Scorer(nn.Module):
         )
         self.layout_reason = obstacle or ("as configured" if attention != "auto" else "")
         self._check_head()
-        self.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
     @property
     def device(self) -> torch.device:

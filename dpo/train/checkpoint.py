@@ -43,6 +43,12 @@ def find_checkpoint(config: Config) -> Path | None:
         UserError: the run is finished, its checkpoint is damaged, or the configuration changed.
     """
     folder, resume = Path(config.train.output_dir), config.train.resume
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(
+            f"train.output_dir: got {folder}, but {existing} is no folder that can be written to. "
+            "Name another."
+        )
     if resume == "never":
         return None
     if resume == "auto":
@@ -77,10 +83,13 @@ def prepare_run_folder(folder: Path, checkpoint: Path | None) -> None:
     if (folder / "config.yaml").exists() and not is_here:
         _put_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").unlink(missing_ok=True)  # it says that the run is finished
     if checkpoint and not is_here:
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (checkpoint.parent / name).exists():
                 shutil.copy(checkpoint.parent / name, folder / name)
+        if (checkpoint.parent / "best").exists():
+            shutil.copytree(checkpoint.parent / "best", folder / "best")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

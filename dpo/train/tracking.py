@@ -41,7 +41,9 @@ class Tracker:
         """Forgets what was logged after the step that the run goes on from: it comes again."""
         for file in (self._file, self._samples):
             kept = [line for line in _read_lines(file) if line["step"] <= start_step]
-            file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            rewritten = file.with_suffix(".tmp")
+            rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            rewritten.replace(file)
 
     def start(self, config: Config, start_step: int, total_steps: int) -> None:
         """Opens trackers and the bar."""
@@ -104,9 +106,11 @@ class Tracker:
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last one that was cut off in the writing does not count."""
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    complete = file.read_text().rpartition("\n")[0]
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def check_trackers(report_to: str | list[str]) -> list[str]:

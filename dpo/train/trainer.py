@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from dpo.config import Config, UserError, save
+from dpo.config import BEST_METRICS, Config, UserError, save
 from dpo.data.loader import balance, load_data, micro_batches, step_indices
 from dpo.data.stream import Stream, TokenizedPair, build_stream
 from dpo.losses import LOSSES, PairLogps
@@ -103,6 +103,7 @@ class Run:
         self.means = RunningMeans(accelerator.device)
         self.window = Window()
         self.best: float | None = None
+        self.has_warned = False
         self.start_step = self._resume(resume_from) if resume_from else 0
         # Only now, when nothing can be wrong with the configuration any more, is anything written.
         self.tracker = Tracker(accelerator, self.folder)
@@ -182,6 +183,7 @@ class Run:
             self.tracker.log_samples(step, samples)
             if step:
                 self._keep_best(step, metrics)
+                self._warn_of_displacement(step, metrics)
 
     def save(self, step: int) -> None:
         """Writes `checkpoint-{step}`."""
@@ -231,15 +233,18 @@ class Run:
         reference: rewards 0, and so a sigmoid loss of ln 2.
         """
         stream = self._first_pairs()
-        self.scorer.eval()
+        for name, module in self.scorer.named_modules():
+            if "lora_dropout" in name:  # what the policy has and the reference has not
+                module.eval()
         with torch.no_grad():
             policy, reference = self.scorer(stream), self.reference(stream)
+            if not self.start_step and self.reference_mode != "zero":
+                self._check_reference(policy, reference)
             if self.layout == "shared":
-                padded = Scorer(self.policy.model, attention="padded")(stream)
-                self._check_layouts(policy, padded)
+                self._check_layouts(policy, Scorer(self.policy.model, attention="padded")(stream))
         self.scorer.train()
-        if self.start_step or self.reference_mode == "zero":
-            return
+
+    def _check_reference(self, policy: Tensor, reference: Tensor) -> None:
         worst = (policy - reference).abs().max().item()
         if not worst <= 1e-4:
             raise RuntimeError(
@@ -312,18 +317,25 @@ class Run:
         name = self.config.train.metric_for_best_model
         if not name:
             return
-        if name not in metrics:
-            raise UserError(
-                f"train.metric_for_best_model: got {name!r}, wanted one of {', '.join(metrics)}."
-            )
-        smaller_is_better = name in ("eval/loss", "eval/kl")
         value = metrics[name]
-        if self.best is None or (value < self.best if smaller_is_better else value > self.best):
+        if self.best is None or BEST_METRICS[name](value, self.best) != self.best:
             self.best = value
             best = self.folder / "best"
             checkpoints.save_weights(self.policy.model, best)
             self.tokenizer.save_pretrained(best)
             (best / "metric.json").write_text(json.dumps({"step": step, name: value}))
+
+    def _warn_of_displacement(self, step: int, metrics: dict[str, float]) -> None:
+        """Once a run: chosen answers have become less likely than they were before training."""
+        before = self.tracker.evaluations()[0]
+        fall = before["eval/logps/chosen"] - metrics["eval/logps/chosen"]
+        if fall > 0 and before["step"] == 0 and not self.has_warned:
+            self.has_warned = True
+            self.tracker.say(
+                f"note: step {step}: the held-out chosen answers have lost {fall:.2f} nats of "
+                "log-prob since the start. DPO only widens the gap to the rejected ones, so "
+                "this is common, and harmless while small; see docs/over_optimisation.md."
+            )
 
     def _not_finite(self, step: int, losses_seen: list[tuple[list[int], Tensor]]) -> str:
         bad = [

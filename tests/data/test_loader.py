@@ -155,7 +155,9 @@ def test_the_report_counts_every_reason_with_its_rows(write):
     }
     assert names(data.train) == ["1", "12", "13", "14", "15", "16"]
     assert json.loads(json.dumps(data.report)) == data.report
-    assert data.summary[0].startswith("data: 6 of 15 rows kept; dropped: 1 empty answer, 1 unkn")
+    assert data.summary[0].startswith(
+        "data: 6 of 15 rows kept; format conversational; dropped: 1 empty answer, 1 unkn"
+    )
 
 
 def test_rows_of_several_batches_are_all_there_once(write, monkeypatch):
@@ -166,7 +168,8 @@ def test_rows_of_several_batches_are_all_there_once(write, monkeypatch):
 
 
 def test_a_set_without_a_usable_pair_is_refused_with_its_reasons(write):
-    with pytest.raises(UserError, match=r"no pair is left .* 0 of 2 rows kept; dropped: 2 identic"):
+    reasons = "0 of 2 rows kept; format text; dropped: 2 identical answers; 0 held out"
+    with pytest.raises(UserError, match=f"no pair is left to train on: {reasons}"):
         load(write([row("a", "b", "b"), row("c", "d", "d")]))
 
 

@@ -87,18 +87,21 @@ def test_the_first_loss_is_ln_2_with_attention_dropout_in_the_model(tmp_path):
     assert_starts_at_ln_2(run(settings))
 
 
-def test_without_zeroing_that_dropout_the_self_check_would_not_pass(tmp_path, monkeypatch):
+def test_without_zeroing_that_dropout_the_self_check_does_not_pass(tmp_path, monkeypatch):
     """The negative control: in train mode both passes draw their own dropout."""
     monkeypatch.setattr("dpo.model.load.zero_dropouts", lambda model: [])
     folder = model_folder(tmp_path, attention_dropout=0.3)
-    result = run(config(tmp_path, "--model.name_or_path", folder, "--train.max_steps", 1))
-    assert abs(first_step(result)["train/loss"] - math.log(2)) > 1e-3
+    with pytest.raises(RuntimeError, match="policy must be the reference"):
+        run(config(tmp_path, "--model.name_or_path", folder, "--train.max_steps", 1))
 
 
-def test_the_first_loss_is_ln_2_from_an_adapter_that_is_not_zero(tmp_path):
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_first_loss_is_ln_2_from_an_adapter_that_is_not_zero(tmp_path, quantization):
     folder = adapter_folder(tmp_path)
     settings = config(
-        tmp_path, "--model.name_or_path", folder, "--train.max_steps", 2, "--lora.dropout", 0
+        tmp_path,
+        *("--model.name_or_path", folder, "--model.quantization", quantization),
+        *("--train.max_steps", 2, "--lora.dropout", 0),
     )
     result = run(settings)
     assert_starts_at_ln_2(result)
@@ -146,6 +149,22 @@ def test_one_gradient_at_any_token_budget_and_batch_shape(tmp_path, loss):
         assert_same_gradients(result, results[0])
 
 
+def test_nf4_and_lora_dropout_start_from_an_adapter_and_evaluate_without_dropout(tmp_path):
+    """Evaluation mode reaches LoRA's dropout although the 4-bit layers stay in train mode."""
+    folder = adapter_folder(tmp_path)
+    flags = ["--model.name_or_path", folder, "--model.quantization", "nf4", "--lora.dropout", 0.3]
+    forget_accelerate()
+    one = Run(config(tmp_path, *flags))
+    one.check_start()
+    stream = one._first_pairs()
+    in_training = [one.scorer(stream).detach() for _ in range(2)]
+    one.scorer.eval()
+    in_evaluation = [one.scorer(stream).detach() for _ in range(2)]
+    assert not torch.equal(*in_training)
+    assert torch.equal(*in_evaluation)
+    one.tracker.close_bar()
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("rows", [24, 17])
 def test_two_processes_give_the_gradient_of_one_also_for_a_short_last_step(tmp_path, rows):
@@ -162,9 +181,21 @@ def test_two_processes_give_the_gradient_of_one_also_for_a_short_last_step(tmp_p
         assert_same_gradients(results, expected)
 
 
-def test_a_killed_and_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path, monkeypatch):
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_killed_and_resumed_run_equals_the_straight_one_bit_for_bit(
+    tmp_path, monkeypatch, quantization
+):
     """With LoRA dropout, into the second epoch (24 pairs, steps of 16), inside a logging window."""
-    flags = ["--lora.dropout", 0.2, "--train.max_steps", 5, "--train.logging_steps", 3]
+    flags = [
+        "--model.quantization",
+        quantization,
+        "--lora.dropout",
+        0.2,
+        "--train.max_steps",
+        5,
+        "--train.logging_steps",
+        3,
+    ]
     flags += ["--train.save_steps", 2, "--data.eval_fraction", 0.2, "--train.eval_steps", 2]
     straight = run(config(tmp_path, *flags, "--train.output_dir", tmp_path / "straight"))
 
@@ -498,3 +529,39 @@ def test_going_on_in_another_folder_brings_the_log_along(tmp_path):
     second = run(config(tmp_path, *flags, *other))
     assert training(second) == training(first)
     assert json.loads((second / "summary.json").read_text())["before"]["step"] == 0
+
+
+def test_a_line_that_was_cut_off_in_the_writing_does_not_block_a_resume(tmp_path):
+    folder = stopped_run(tmp_path)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "train/lo')
+    assert [line["step"] for line in metrics(run(config(tmp_path)))] == [1, 2, 3]
+
+
+def test_going_on_in_another_folder_brings_the_best_weights_along(tmp_path):
+    flags = ["--data.eval_fraction", 0.3, "--train.save_steps", 2, "--train.eval_steps", 1]
+    flags += ["--train.metric_for_best_model", "eval/loss"]
+    first = run(config(tmp_path, *flags))
+    other = ["--train.resume", first / "checkpoint-2", "--train.output_dir", tmp_path / "other"]
+    second = run(config(tmp_path, *flags, *other))
+    both = ((folder / "best" / "metric.json").read_text() for folder in (first, second))
+    assert len(set(both)) == 1
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused_before_anything_loads(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"train\.output_dir: got .*file/run"):
+        run(config(tmp_path, "--train.output_dir", tmp_path / "file" / "run"))
+
+
+def test_falling_chosen_log_probs_are_warned_of_once(tmp_path, capsys):
+    flags = ["--data.eval_fraction", 0.3, "--train.eval_steps", 1, "--train.max_steps", 4]
+    folder = run(config(tmp_path, *flags, "--optim.learning_rate", 0.05))
+    chosen = [line["eval/logps/chosen"] for line in metrics(folder) if "eval/loss" in line]
+    assert min(chosen[1:]) < chosen[0]
+    assert capsys.readouterr().err.count("chosen answers have lost") == 1
+
+
+def test_the_header_says_which_format_was_recognised(tmp_path, capsys):
+    run(config(tmp_path, "--train.max_steps", 1))
+    assert "24 of 24 rows kept; format orca_dpo_pairs" in capsys.readouterr().err
