@@ -220,10 +220,11 @@ class Config:
         """
         _check_ranges(self)
         _check_loss(self.loss)
-        self._check_combinations()
+        self._check_model()
+        self._check_held_out()
 
-    def _check_combinations(self) -> None:
-        model, reference, data, train = self.model, self.reference, self.data, self.train
+    def _check_model(self) -> None:
+        model, reference = self.model, self.reference
         if model.adapter == "none" and model.quantization != "none":
             _refuse(
                 "model.quantization",
@@ -259,6 +260,9 @@ class Config:
                 f"false, since model.dtype is {model.dtype}: DoRA's norms round there, and the "
                 "policy would not start as its reference; or model.dtype float32",
             )
+
+    def _check_held_out(self) -> None:
+        data, train = self.data, self.train
         if data.eval_split != "train" and not data.eval_path:
             _refuse("data.eval_split", data.eval_split, "train, since there is no data.eval_path")
         if data.eval_path and data.eval_fraction:
@@ -471,7 +475,10 @@ def run(main: Callable[[], object]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "stopped; with train.resume auto, the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 

@@ -626,7 +626,8 @@ def test_an_audit_reads_its_own_report():
     }
     assert Audit.from_report(audit.report()) == audit
     assert audit.summary() == (
-        "2 of 3 rows kept; dropped: 1 empty answer; cut: 1 prompt; noted: 1 border token merged"
+        "2 of 3 rows kept; format text; dropped: 1 empty answer; cut: 1 prompt; "
+        "noted: 1 border token merged"
     )
 
 
