@@ -15,7 +15,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ class Pairs(Sequence[TokenizedPair]):
         name, row = self._row(index)
         return f"{name}:{row['row']}" if name else str(row["row"])
 
+    @cached_property
     def digest(self) -> str:
         """Of all token ids and of the order of the pairs: tells data apart."""
         digest = hashlib.sha256(self._places.tobytes())
@@ -128,7 +129,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreferenceD
         UserError: a source that cannot be read or holds no usable pair.
     """
     data, seed = config.data, config.train.seed
-    sources = _sources(data)
+    sources = list_sources(data)
     tables, audit = [], Audit()
     for source in sources:
         name = source.path if len(sources) > 1 else ""
@@ -215,7 +216,8 @@ def balance(num_tokens: Sequence[int], num_bins: int) -> list[list[int]]:
     return bins
 
 
-def _sources(data: DataConfig) -> list[DataSource]:
+def list_sources(data: DataConfig) -> list[DataSource]:
+    """The sources that `data.name_or_path` names, one or several."""
     if isinstance(data.name_or_path, str):
         return [DataSource(path=data.name_or_path, format=data.format, split=data.split)]
     if not data.name_or_path:
@@ -231,15 +233,20 @@ def _sources(data: DataConfig) -> list[DataSource]:
     return data.name_or_path
 
 
+def choose_format(source: Source, format: str) -> str:
+    """The format of its rows, which `auto` recognises from the first of them."""
+    if format != "auto":
+        return format
+    return recognise([row.value for row in islice(source, RECOGNISED_ROWS)], source.name)
+
+
 def _tokenized(
     source: Source, format: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[datasets.Dataset, Audit]:
     """The source's pairs and audit, from the cache or made now."""
     template = choose_template(tokenizer, data.chat_template)
     limits = Limits(data.max_prompt_length, data.max_length, data.on_overlong)
-    if format == "auto":
-        rows = [row.value for row in islice(source, RECOGNISED_ROWS)]
-        format = recognise(rows, source.name)
+    format = choose_format(source, format)
     if format == "chatml_dpo_pairs":
         require_chatml(tokenizer, f"{source.name}: the rows are ready-made ChatML")
     depends_on = (

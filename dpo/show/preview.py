@@ -5,17 +5,11 @@ from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo.config import Config, DataSource, resolve
+from dpo.config import Config, resolve
 from dpo.data.audit import Audit
 from dpo.data.chat import ChatTokenizer, Limits, choose_template
-from dpo.data.formats import (
-    RECOGNISED_ROWS,
-    Message,
-    Preference,
-    RowError,
-    recognise,
-    to_preference,
-)
+from dpo.data.formats import Message, Preference, RowError, to_preference
+from dpo.data.loader import choose_format, list_sources
 from dpo.data.sources import open_source
 from dpo.data.stream import TokenizedPair
 from dpo.model.load import load_tokenizer
@@ -26,25 +20,17 @@ _DIM, _GREEN, _RED, _END = "\033[2m", "\033[32m", "\033[31m", "\033[0m"
 def preview_rows(config: Config, count: int, *, colour: bool) -> Iterator[str]:
     """The first `count` rows of the first source as training would see them, then the audit."""
     data = config.data
-    named = data.name_or_path
-    source = (
-        named[0]
-        if isinstance(named, list)
-        else DataSource(path=named, format=data.format, split=data.split)
-    )
+    source = list_sources(data)[0]
     rows = open_source(
         resolve(source.path), subset=data.subset, revision=data.revision, split=source.split
     )
-    first = list(islice(rows, max(count, RECOGNISED_ROWS)))
-    format = source.format
-    if format == "auto":
-        format = recognise([row.value for row in first], rows.name)
+    format = choose_format(rows, source.format)
     tokenizer = load_tokenizer(config.model)
     audit = Audit()
     limits = Limits(data.max_prompt_length, data.max_length, data.on_overlong)
     chat = ChatTokenizer(tokenizer, choose_template(tokenizer, data.chat_template), limits, audit)
     yield f"{rows.name}: format {format}"
-    for number, value in first[:count]:
+    for number, value in islice(rows, count):
         audit.rows_read += 1
         try:
             preference = to_preference(value, format, where=rows.where(number))

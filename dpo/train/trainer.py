@@ -189,7 +189,7 @@ class Run:
         """Writes `checkpoint-{step}`."""
         state = {
             "pairs_per_step": self.pairs_per_step,
-            "data": self.data.train.digest(),
+            "data": self.data.train.digest,
             "sums": self.means.state(self._sum_over_ranks),
             "best": self.best,
             "reference_logps": self._reference_logps(),
@@ -295,7 +295,7 @@ class Run:
                 f"would be {self.pairs_per_step}. Set train.per_device_train_batch_size and "
                 "train.gradient_accumulation_steps so that the product over devices is the same."
             )
-        if state["data"] != self.data.train.digest():
+        if state["data"] != self.data.train.digest:
             raise UserError(
                 f"train.resume: the pairs have changed since {checkpoint}: their tokens or their "
                 "order differ. Restore the rows, or set train.resume to never."
