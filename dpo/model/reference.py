@@ -39,7 +39,8 @@ class Frozen:
     """A frozen copy of a policy that trains every weight."""
 
     def __init__(self, model: nn.Module, layout: Literal["shared", "padded"]):
-        self._scorer = Scorer(copy.deepcopy(model).requires_grad_(False), attention=layout)
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self._scorer = Scorer(self.model, attention=layout)
 
     def __call__(self, stream: Stream) -> Float[Tensor, " scored"]:
         """Token log-probs, (scored,) nats."""

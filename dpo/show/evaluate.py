@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -26,6 +25,7 @@ from dpo.logps import sequence_logps
 from dpo.losses import LOSSES, PairLogps
 from dpo.metrics import RunningMeans, pair_metrics
 from dpo.model.reference import Reference
+from dpo.show.finished import spread
 from dpo.show.samples import generate
 
 
@@ -85,7 +85,7 @@ class Evaluator:
 
     def _answers(self) -> list[dict[str, Any]]:
         train = self.config.train
-        indices = _spread(len(self.held_out), train.eval_prompts)
+        indices = spread(len(self.held_out), train.eval_prompts)
         mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
         pairs = [self.held_out[int(i)] for i in mine]
         template = choose_template(self.tokenizer, self.config.data.chat_template)
@@ -130,11 +130,6 @@ class Evaluator:
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-
-def _spread(total: int, wanted: int) -> np.ndarray:
-    """`wanted` positions, evenly over all of them: files are often sorted by source."""
-    return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(int))
 
 
 def _mean(samples: list[dict[str, Any]], key: str) -> float:

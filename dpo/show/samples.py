@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from dpo.config import Config, UserError, parse
+from dpo.config import UserError
 from dpo.data.chat import choose_template, stop_ids
 from dpo.data.formats import Message
 from dpo.model.load import Policy, load_policy, load_tokenizer, load_weights
 from dpo.model.reference import adapter_off
+from dpo.show.finished import read_run
 
 
 @torch.no_grad()
@@ -112,20 +113,6 @@ def answer_side_by_side(
         return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]  # type: ignore[union-attr]
 
     return list(zip(*_before_and_after(policy, run_folder / "final", write), strict=True))
-
-
-def read_run(run_folder: Path) -> Config:
-    """The configuration of a finished run.
-
-    Raises:
-        UserError: there is none.
-    """
-    if not (run_folder / "config.yaml").exists() or not (run_folder / "final").is_dir():
-        raise UserError(
-            f"{run_folder} holds no finished run: wanted a folder with config.yaml and final/. "
-            "Name the train.output_dir of one."
-        )
-    return parse(["--config", str(run_folder / "config.yaml")])
 
 
 def _before_and_after(

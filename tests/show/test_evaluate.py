@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.config import resolve
 from dpo.model.reference import adapter_off
-from dpo.show.evaluate import _spread
+from dpo.show.finished import spread
 from dpo.show.samples import generate
 from dpo.train.tracking import closing_table, side_by_side
 from dpo.train.trainer import Run
@@ -111,8 +111,8 @@ def test_exact_match_compares_the_greedy_answer_with_the_chosen_one(tmp_path):
 
 
 def test_prompts_are_spread_over_the_whole_file():
-    assert _spread(100, 5).tolist() == [0, 25, 50, 74, 99]
-    assert _spread(3, 5).tolist() == [0, 1, 2]
+    assert spread(100, 5).tolist() == [0, 25, 50, 74, 99]
+    assert spread(3, 5).tolist() == [0, 1, 2]
 
 
 def test_the_closing_table_shows_what_both_evaluations_measured():
