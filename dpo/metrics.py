@@ -18,6 +18,7 @@ METRICS = (
     "rewards/rejected",
     "rewards/margins",
     "rewards/accuracies",
+    "ranking_accuracy",
     "logps/chosen",
     "logps/rejected",
     "lengths/chosen",
@@ -31,7 +32,8 @@ def pair_metrics(
     """One row per name of `METRICS`: loss, rewards (beta x nats), log-probs (nats), lengths.
 
     The rewards are beta x log-ratio whatever the loss. A pair counts as accurate when its chosen
-    reward is strictly larger: a tie, as between policy and reference at step 0, is not.
+    reward is strictly larger: a tie, as between policy and reference at step 0, is not. It is
+    ranked right when the policy alone gives its chosen answer the higher log-prob.
     """
     chosen, rejected = implicit_rewards(logps, beta=beta)
     rows = (
@@ -40,6 +42,7 @@ def pair_metrics(
         rejected,
         chosen - rejected,
         chosen > rejected,
+        logps.policy_chosen_logps > logps.policy_rejected_logps,
         logps.policy_chosen_logps,
         logps.policy_rejected_logps,
         logps.chosen_lengths,

@@ -1,4 +1,7 @@
+import importlib.resources
+import json
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -19,3 +22,18 @@ def _private_cache(tmp_path_factory):
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture(scope="session")
+def sentencepiece(tmp_path_factory):
+    """Mistral-7B-v0.1's tokenizer: its bare model file, and a configuration that names the class."""
+    from transformers import LlamaTokenizer
+
+    folder = tmp_path_factory.mktemp("mistral")
+    packaged = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
+    with importlib.resources.as_file(packaged) as path:
+        shutil.copy(path, folder / "tokenizer.model")
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    adds = {"add_bos_token": True, "add_eos_token": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(marks | adds))
+    return LlamaTokenizer.from_pretrained(folder)

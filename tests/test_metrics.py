@@ -54,6 +54,7 @@ def test_pair_metrics_has_one_row_per_name_in_the_order_of_metrics():
         "rewards/rejected": -0.5,
         "rewards/margins": 1.5,
         "rewards/accuracies": 1.0,
+        "ranking_accuracy": 1.0,
         "logps/chosen": -18.0,
         "logps/rejected": -31.0,
         "lengths/chosen": 7.0,
@@ -69,7 +70,18 @@ def test_pair_metrics_carries_no_gradient_and_counts_in_float64():
     values = rows(logps)
     assert not values.requires_grad
     assert values.dtype == torch.float64
-    assert values.shape == (9, 5)
+    assert values.shape == (10, 5)
+
+
+def test_ranking_accuracy_asks_the_policy_alone():
+    """Chosen reward 0.5 x (-18 - -30) = 6 over rejected 0.5 x (-12 - -11) = -0.5: accurate, and yet
+    the policy gives the rejected answer -12 nats, more than the chosen one's -18; a tie is no rank.
+    """
+    sides = ([-18.0, -12.0, -9.0], [-12.0, -18.0, -9.0], [-30.0, -12.0, -9.0], [-11.0, -18.0, -9.0])
+    lengths = torch.tensor([4, 4, 4])
+    values = rows(PairLogps(*map(torch.tensor, sides), lengths, lengths))
+    assert values[METRICS.index("rewards/accuracies")].tolist() == [1.0, 0.0, 0.0]
+    assert values[METRICS.index("ranking_accuracy")].tolist() == [0.0, 1.0, 0.0]
 
 
 def test_a_tie_is_not_accurate():
@@ -91,8 +103,9 @@ def test_the_rewards_are_those_of_dpo_whatever_the_loss():
 def test_running_means_are_the_plain_means_at_any_split(split):
     """Five pairs, gaps 3, -1, 0, 5, -7 (mean 0), beta 0.5; chosen log-ratio gap - 1, rejected -1.
 
-    Rewards: chosen 0.5 x -1 = -0.5, rejected -0.5, margin 0; accuracies 2 / 5; logps -21 and -31;
-    lengths 30 / 5 = 6 and 15 / 5 = 3. Loss, of z = 1.5, -0.5, 0, 2.5, -3.5:
+    Rewards: chosen 0.5 x -1 = -0.5, rejected -0.5, margin 0; accuracies 2 / 5; logps -21 and -31,
+    each chosen one above its rejected one; lengths 30 / 5 = 6 and 15 / 5 = 3. Loss, of
+    z = 1.5, -0.5, 0, 2.5, -3.5:
     (0.201413277982752 + 0.974076984180107 + 0.693147180559945 + 0.078889734292549
     + 3.529750418272620) / 5 = 5.477277595287973 / 5 = 1.095455519057595.
     """
@@ -105,6 +118,7 @@ def test_running_means_are_the_plain_means_at_any_split(split):
         "rewards/rejected": -0.5,
         "rewards/margins": 0.0,
         "rewards/accuracies": 0.4,
+        "ranking_accuracy": 1.0,
         "logps/chosen": -21.0,
         "logps/rejected": -31.0,
         "lengths/chosen": 6.0,
@@ -137,7 +151,7 @@ def test_running_means_over_two_ranks_are_those_of_one(split):
 def test_no_pairs_give_no_means():
     means = RunningMeans()
     assert means.pop() == {}
-    means.add(torch.zeros(9, 0, dtype=torch.float64))
+    means.add(torch.zeros(len(METRICS), 0, dtype=torch.float64))
     assert means.pop() == {}
 
 

@@ -90,6 +90,10 @@ class Pairs(Sequence[TokenizedPair]):
         name, row = self._row(index)
         return f"{name}:{row['row']}" if name else str(row["row"])
 
+    def source_name(self, index: int) -> str:
+        """The name of the pair's source, "" where there is one source."""
+        return self._tables[self.sources[index]][0]
+
     @cached_property
     def digest(self) -> str:
         """Of all token ids and of the order of the pairs: tells data apart."""

@@ -7,8 +7,8 @@ unbiased estimate of KL(pi || pi_ref). A greedy answer is what a user would see:
 sample to read, and where the chosen answer is the only right one, whether it is right.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,10 +23,12 @@ from dpo.data.loader import Pairs, micro_batches
 from dpo.data.stream import Stream, TokenizedPair, build_stream
 from dpo.logps import sequence_logps
 from dpo.losses import LOSSES, PairLogps
-from dpo.metrics import RunningMeans, pair_metrics
+from dpo.metrics import METRICS, pair_metrics
 from dpo.model.reference import Reference
 from dpo.show.finished import spread
 from dpo.show.samples import generate
+
+Answered = tuple[Sequence[int], Sequence[int], Sequence[int]]  # token ids: prompt and two answers
 
 
 def pair_logps(stream: Stream, policy: Tensor, reference: Tensor) -> PairLogps:
@@ -39,9 +41,44 @@ def pair_logps(stream: Stream, policy: Tensor, reference: Tensor) -> PairLogps:
     return PairLogps(*(answer for both in chosen_and_rejected for answer in both))
 
 
+@torch.no_grad()
+def score_pairs(
+    pairs: Sequence[TokenizedPair | Answered],
+    scorer: nn.Module,
+    reference: Reference,
+    *,
+    tokens_per_microbatch: int,
+    device: torch.device,
+) -> PairLogps:
+    """Log-probs of both answers of every pair, (pairs,) each, in the order given, on the CPU."""
+    items = [pair if isinstance(pair, TokenizedPair) else TokenizedPair(*pair) for pair in pairs]
+    num_tokens = [item.num_stream_tokens for item in items]
+    values = torch.zeros(len(fields(PairLogps)), len(items))
+    for positions in micro_batches(num_tokens, tokens_per_microbatch):
+        stream = build_stream([items[i] for i in positions]).to(device)
+        logps = pair_logps(stream, scorer(stream), reference(stream))
+        values[:, positions] = torch.stack([vars(logps)[f.name] for f in fields(logps)]).cpu()
+    return PairLogps(*values)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found.
+
+    Attributes:
+        metrics: by name, `eval/...`.
+        samples: one per prompt, the same prompts every time.
+        logps: of every held-out pair, in their order, on the CPU.
+    """
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+    logps: PairLogps
+
+
 @dataclass
 class Evaluator:
-    """Everything that an evaluation needs; `evaluate()` returns metrics and samples."""
+    """Everything that an evaluation needs; every rank calls `evaluate`."""
 
     config: Config
     accelerator: Accelerator
@@ -52,36 +89,38 @@ class Evaluator:
     held_out: Pairs
     device: torch.device
 
-    def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics by name (`eval/...`), and one sample per prompt, the same prompts every time."""
+    def evaluate(self) -> Evaluation:
+        """All held-out pairs, and answers to some of their prompts."""
         self.scorer.eval()
-        metrics = self._pair_metrics()
+        logps = self._score_held_out()
         samples = self._answers() if self.config.train.eval_prompts else []
         self.scorer.train()
+        loss = self.config.loss
+        losses = LOSSES[loss.type](logps, **loss.options)
+        means = pair_metrics(logps, losses, beta=loss.beta).mean(dim=1)
+        metrics: dict[str, float] = dict(zip(METRICS, means.tolist(), strict=True))
         if samples:
             metrics["kl"] = _mean(samples, "log_ratio")
             metrics["lengths/generated"] = _mean(samples, "length")
         if samples and self.config.train.eval_exact_match:
             metrics["exact_match"] = _mean(samples, "is_right")
-        return {f"eval/{name}": value for name, value in metrics.items()}, samples
+        named = {f"eval/{name}": value for name, value in metrics.items()}
+        return Evaluation(named, samples, logps)
 
-    def _pair_metrics(self) -> dict[str, float]:
-        means, loss = RunningMeans(self.device), self.config.loss
-        mine = range(
-            self.accelerator.process_index, len(self.held_out), self.accelerator.num_processes
-        )
-        with torch.no_grad():
-            for pairs in self._micro_batches([self.held_out[i] for i in mine]):
-                stream = build_stream(pairs).to(self.device)
-                logps = pair_logps(stream, self.scorer(stream), self.reference(stream))
-                losses = LOSSES[loss.type](logps, **loss.options)
-                means.add(pair_metrics(logps, losses, beta=loss.beta))
-        return means.pop(self.accelerator.reduce)  # type: ignore[arg-type]
+    def _score_held_out(self) -> PairLogps:
+        """Each rank scores every so-manieth pair; all get the whole."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        mine = range(rank, len(self.held_out), ranks)
+        logps = self._score([self.held_out[i] for i in mine])
+        rows = list(zip(mine, *(vars(logps)[f.name].tolist() for f in fields(logps)), strict=True))
+        every = sorted(gather_object(rows))
+        return PairLogps(*torch.tensor([values for _, *values in every]).unbind(1))
 
-    def _micro_batches(self, pairs: Sequence[TokenizedPair]) -> Iterator[list[TokenizedPair]]:
+    def _score(self, pairs: Sequence[TokenizedPair | Answered]) -> PairLogps:
         budget = self.config.train.tokens_per_microbatch
-        for positions in micro_batches([pair.num_stream_tokens for pair in pairs], budget):
-            yield [pairs[i] for i in positions]
+        return score_pairs(
+            pairs, self.scorer, self.reference, tokens_per_microbatch=budget, device=self.device
+        )
 
     def _answers(self) -> list[dict[str, Any]]:
         train = self.config.train
@@ -99,7 +138,9 @@ class Evaluator:
             generate(self.model, self.tokenizer, prompts, temperature=t, **options)
             for t in (0.0, 1.0)
         )
-        log_ratios = self._log_ratios(list(zip(prompts, sampled, greedy, strict=True)))
+        # Scored as pairs of (sampled, greedy) answers; the sampled ones give the KL.
+        answered = list(zip(prompts, sampled, greedy, strict=True))
+        log_ratios = self._score(answered).chosen_logratios.tolist()
         samples = [
             {
                 "index": int(index),
@@ -114,22 +155,23 @@ class Evaluator:
         ]
         return sorted(gather_object(samples), key=lambda sample: sample["index"])
 
-    def _log_ratios(
-        self, answered: list[tuple[Sequence[int], list[int], list[int]]]
-    ) -> list[float]:
-        """Log pi - log pi_ref of the first answer to each prompt, nats."""
-        log_ratios = [0.0] * len(answered)
-        num_tokens = [TokenizedPair(*item).num_stream_tokens for item in answered]
-        for positions in micro_batches(num_tokens, self.config.train.tokens_per_microbatch):
-            stream = build_stream([answered[i] for i in positions]).to(self.device)
-            with torch.no_grad():
-                logps = pair_logps(stream, self.scorer(stream), self.reference(stream))
-            for i, value in zip(positions, logps.chosen_logratios.tolist(), strict=True):
-                log_ratios[i] = value
-        return log_ratios
-
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def held_out_columns(pairs: Pairs, logps: PairLogps) -> dict[str, list[Any]]:
+    """A line of held_out.jsonl: names, lengths (tokens) and log-probs (nats) by pair."""
+    rows = range(len(pairs))
+    columns = {field.name: getattr(logps, field.name) for field in fields(logps)}
+    return {
+        "row": [pairs.row_name(i) for i in rows],
+        "source": [pairs.source_name(i) for i in rows],
+        "prompt_lengths": [len(pairs[i].prompt_ids) for i in rows],
+        **{
+            name: (values.int() if "lengths" in name else values).tolist()
+            for name, values in columns.items()
+        },
+    }
 
 
 def _mean(samples: list[dict[str, Any]], key: str) -> float:

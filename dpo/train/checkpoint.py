@@ -85,7 +85,7 @@ def prepare_run_folder(folder: Path, checkpoint: Path | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)  # it says that the run is finished
     if checkpoint and not is_here:
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "held_out.jsonl"):
             if (checkpoint.parent / name).exists():
                 shutil.copy(checkpoint.parent / name, folder / name)
         if (checkpoint.parent / "best").exists():

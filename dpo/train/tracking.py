@@ -5,16 +5,22 @@ import platform
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from dpo.config import Config, UserError
+from dpo.data.loader import Pairs
+from dpo.losses import PairLogps, implicit_rewards
+from dpo.show.diagnostics import Watch
+from dpo.show.evaluate import Evaluation, held_out_columns
+from dpo.train.board import open_board, show_evaluation
 
 # Rows of the closing table: held-out metric, its name there, and how it is printed.
 _TABLE = (
@@ -35,15 +41,20 @@ class Tracker:
     def __init__(self, accelerator: Accelerator, folder: Path):
         self._accelerator = accelerator
         self._file, self._samples = folder / "metrics.jsonl", folder / "samples.jsonl"
+        self._held_out = folder / "held_out.jsonl"
         self._bar: tqdm[Any] | None = None
+        self._writer: SummaryWriter | None = None
+        self._watch = Watch()
 
     def rewind(self, start_step: int) -> None:
         """Forgets what was logged after the step that the run goes on from: it comes again."""
-        for file in (self._file, self._samples):
-            kept = [line for line in _read_lines(file) if line["step"] <= start_step]
+        for file in (self._file, self._samples, self._held_out):
+            kept = [line for line in read_lines(file) if line["step"] <= start_step]
             rewritten = file.with_suffix(".tmp")
             rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
             rewritten.replace(file)
+        for line in read_lines(self._file):
+            self._watch.see(line)  # what it finds there was said before
 
     def start(self, config: Config, start_step: int, total_steps: int) -> None:
         """Opens trackers and the bar."""
@@ -53,7 +64,13 @@ class Tracker:
             for key, value in vars(keys).items()
         }
         resumed = {"tensorboard": {"purge_step": start_step + 1}} if start_step else {}
-        self._accelerator.init_trackers("tensorboard", config=flat, init_kwargs=resumed)
+        self._accelerator.init_trackers("tensorboard", init_kwargs=resumed)
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "tensorboard":
+                self._writer = tracker.tracker
+                open_board(tracker.tracker, flat)
+            else:
+                tracker.store_init_configuration(flat)
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -63,12 +80,14 @@ class Tracker:
         )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same to every tracker."""
+        """One line of metrics.jsonl, the same to every tracker, and what it gives away."""
         if not self._accelerator.is_main_process:
             return
-        with self._file.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        line = {"step": step, **metrics}
+        _append(self._file, [line])
         self._accelerator.log(metrics, step=step)
+        for finding in self._watch.see(line):
+            self.say(str(finding))
 
     def advance(self, metrics: dict[str, float] | None) -> None:
         """Moves the bar one step; shows loss, accuracy and margin where they are new."""
@@ -86,18 +105,38 @@ class Tracker:
         if self._accelerator.is_main_process:
             tqdm.write(text, file=sys.stderr)
 
-    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Lines of samples.jsonl."""
-        with self._samples.open("a") as file:
-            file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+    def log_evaluation(
+        self, step: int, evaluation: Evaluation, held_out: Pairs, *, beta: float
+    ) -> None:
+        """Its metrics, its samples, and the log-probs of every held-out pair."""
+        self.log(step, evaluation.metrics)
+        if not self._accelerator.is_main_process:
+            return
+        _append(self._samples, [{"step": step, **sample} for sample in evaluation.samples])
+        _append(self._held_out, [{"step": step, **held_out_columns(held_out, evaluation.logps)}])
+        if self._writer:
+            chosen, rejected = implicit_rewards(evaluation.logps, beta=beta)
+            histograms = {
+                "rewards/chosen": chosen,
+                "rewards/rejected": rejected,
+                "rewards/margins": chosen - rejected,
+            }
+            show_evaluation(self._writer, step, histograms, evaluation.samples)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The evaluation lines so far; the first is that before training."""
-        return [line for line in _read_lines(self._file) if "eval/loss" in line]
+        return [line for line in read_lines(self._file) if "eval/loss" in line]
+
+    def last_held_out(self) -> PairLogps | None:
+        """Of every held-out pair, as the last evaluation found them."""
+        lines = read_lines(self._held_out)
+        if not lines:
+            return None
+        return PairLogps(*(torch.tensor(lines[-1][field.name]) for field in fields(PairLogps)))
 
     def samples_at(self, step: int) -> list[dict[str, Any]]:
         """The samples of the evaluation at a step."""
-        return [line for line in _read_lines(self._samples) if line["step"] == step]
+        return [line for line in read_lines(self._samples) if line["step"] == step]
 
     def close_bar(self) -> None:
         """So that what is printed next stands below it."""
@@ -105,7 +144,12 @@ class Tracker:
             self._bar.close()
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
+def _append(file: Path, lines: list[dict[str, Any]]) -> None:
+    with file.open("a") as log:
+        log.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
     """The lines of a log; a last one that was cut off in the writing does not count."""
     if not file.exists():
         return []

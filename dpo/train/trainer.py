@@ -14,6 +14,7 @@ import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -28,6 +29,7 @@ from dpo.model.load import load_policy, load_tokenizer
 from dpo.model.reference import build_reference, choose_mode
 from dpo.model.scorer import Scorer
 from dpo.show.evaluate import Evaluator, pair_logps
+from dpo.show.token_rewards import pairs_to_show, token_rewards
 from dpo.train import checkpoint as checkpoints
 from dpo.train.header import header
 from dpo.train.launch import build_accelerator, on_main
@@ -103,7 +105,6 @@ class Run:
         self.means = RunningMeans(accelerator.device)
         self.window = Window()
         self.best: float | None = None
-        self.has_warned = False
         self.start_step = self._resume(resume_from) if resume_from else 0
         # Only now, when nothing can be wrong with the configuration any more, is anything written.
         self.tracker = Tracker(accelerator, self.folder)
@@ -112,6 +113,7 @@ class Run:
             self.tracker.rewind(self.start_step)
             save(config, self.folder / "config.yaml")
             (self.folder / "data_report.json").write_text(json.dumps(self.data.report, indent=1))
+            (self.folder / "header.txt").write_text(header(self) + "\n")
         self.tracker.say(header(self))
         self.tracker.start(config, self.start_step, self.total_steps)
 
@@ -176,14 +178,13 @@ class Run:
         """Held-out metrics and samples; keeps the weights in `best/` if none were better."""
         if not len(self.data.held_out):
             return
-        metrics, samples = self.evaluator.evaluate()
+        evaluation = self.evaluator.evaluate()
         self.window.restart_clock()  # evaluation is not training time
-        self.tracker.log(step, metrics)
-        if self.accelerator.is_main_process:
-            self.tracker.log_samples(step, samples)
-            if step:
-                self._keep_best(step, metrics)
-                self._warn_of_displacement(step, metrics)
+        self.tracker.log_evaluation(
+            step, evaluation, self.data.held_out, beta=self.config.loss.beta
+        )
+        if self.accelerator.is_main_process and step:
+            self._keep_best(step, evaluation.metrics)
 
     def save(self, step: int) -> None:
         """Writes `checkpoint-{step}`."""
@@ -217,6 +218,8 @@ class Run:
             evaluations = self.tracker.evaluations()
             before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
             summary = {"before": before, "after": after}
+            tokens = self._token_rewards()
+            (self.folder / "token_rewards.json").write_text(json.dumps(tokens, indent=1))
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
             if evaluations:
                 old, new = (self.tracker.samples_at(line["step"]) for line in (before, after))
@@ -325,17 +328,23 @@ class Run:
             self.tokenizer.save_pretrained(best)
             (best / "metric.json").write_text(json.dumps({"step": step, name: value}))
 
-    def _warn_of_displacement(self, step: int, metrics: dict[str, float]) -> None:
-        """Once a run: chosen answers have become less likely than they were before training."""
-        before = self.tracker.evaluations()[0]
-        fall = before["eval/logps/chosen"] - metrics["eval/logps/chosen"]
-        if fall > 0 and before["step"] == 0 and not self.has_warned:
-            self.has_warned = True
-            self.tracker.say(
-                f"note: step {step}: the held-out chosen answers have lost {fall:.2f} nats of "
-                "log-prob since the start. DPO only widens the gap to the rejected ones, so "
-                "this is common, and harmless while small; see docs/over_optimisation.md."
-            )
+    def _token_rewards(self) -> list[dict[str, Any]]:
+        """Some held-out pairs, token by token, under the weights as they are now."""
+        logps, held_out, beta = (
+            self.tracker.last_held_out(),
+            self.data.held_out,
+            self.config.loss.beta,
+        )
+        if logps is None:
+            return []
+        self.scorer.eval()
+        context = (self.scorer, self.reference, self.tokenizer)
+        device = self.accelerator.device
+        return [
+            {"row": held_out.row_name(i), "why": why}
+            | token_rewards(held_out[i], *context, beta=beta, device=device)
+            for i, why in pairs_to_show(held_out, logps, beta=beta)
+        ]
 
     def _not_finite(self, step: int, losses_seen: list[tuple[list[int], Tensor]]) -> str:
         bad = [

@@ -5,13 +5,9 @@ piece for becomes bytes: each of these can move the border between prompt and an
 that is not among the texts is ▁ itself, which no SentencePiece tokenizer tells from a space.
 """
 
-import importlib.resources
-import json
 import random
-import shutil
 
 import pytest
-from transformers import LlamaTokenizer
 
 from dpo.data.audit import Audit, Limits
 from dpo.data.chat import ChatTokenizer
@@ -34,17 +30,9 @@ ALPHABETS = (
 EDGES = ("", " ", "  ", "\n", "\n\n", "\t", ":", "\u00a0")
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A bare model file loads as `tokenizer.model` beside a configuration that names the class."""
-    folder = tmp_path_factory.mktemp("mistral")
-    packaged = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
-    with importlib.resources.as_file(packaged) as path:
-        shutil.copy(path, folder / "tokenizer.model")
-    marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    adds = {"add_bos_token": True, "add_eos_token": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(marks | adds))
-    return LlamaTokenizer.from_pretrained(folder)
+@pytest.fixture
+def tokenizer(sentencepiece):
+    return sentencepiece
 
 
 def generated_texts():

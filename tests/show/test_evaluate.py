@@ -72,7 +72,8 @@ def test_kl_is_the_mean_log_ratio_of_sampled_answers(tmp_path):
     for name, parameter in one.policy.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    measured, samples = one.evaluator.evaluate()
+    evaluation = one.evaluator.evaluate()
+    measured, samples = evaluation.metrics, evaluation.samples
 
     pairs = [one.data.held_out[sample["index"]] for sample in samples]
     prompts = [list(pair.prompt_ids) for pair in pairs]

@@ -1,0 +1,147 @@
+"""What a run's own figures give away while there is still time: seen once, said once.
+
+Loss, margin and reward accuracy look at the given answers only, and look best when a run has gone
+too far. These look elsewhere. docs/diagnostics.md shows each of them on a real run.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+WINDOW = 10  # logged training steps that a finding looks back on: one step's pairs are few
+KL_PER_TOKEN = 0.5  # nats of KL per generated token; the quickstart's good runs stay below 0.1
+LENGTH_DRIFT = 0.2  # share by which the answers became longer or shorter
+RANKING_GAP = 0.25  # reward accuracy minus ranking accuracy
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something worth a warning.
+
+    Attributes:
+        key: its name in docs/diagnostics.md.
+        step: where it was first seen.
+        saw: the figures.
+        means, try_this: one sentence each.
+    """
+
+    key: str
+    step: int
+    saw: str
+    means: str
+    try_this: str
+
+    def __str__(self) -> str:
+        return f"note: step {self.step}: {self.saw} {self.means} {self.try_this}"
+
+
+def diagnose(lines: Iterable[Mapping[str, float]]) -> list[Finding]:
+    """The findings of a whole run, from the lines of its metrics.jsonl."""
+    watch = Watch()
+    return [finding for line in lines for finding in watch.see(line)]
+
+
+class Watch:
+    """Looks at one line of metrics after the other; each finding comes once."""
+
+    def __init__(self) -> None:
+        self._recent: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
+        self._before: Mapping[str, float] = {}
+        self._has_reference = True
+        self._found: set[str] = set()
+
+    def see(self, line: Mapping[str, float]) -> list[Finding]:
+        """What is new in this line, which may be of training or of an evaluation."""
+        found: list[Finding] = []
+        if "eval/loss" in line:
+            if line["step"] == 0:
+                self._before = line
+            elif self._before:
+                found += self._evaluation(line)
+        elif "train/loss" in line:
+            if line["step"] == 1:  # where a policy that has a reference is that reference
+                self._has_reference = line["train/rewards/chosen"] == 0
+            self._recent.append(line)
+            if len(self._recent) == WINDOW:
+                found += self._training(int(line["step"]))
+        new = [finding for finding in found if finding.key not in self._found]
+        self._found |= {finding.key for finding in new}
+        return new
+
+    def _training(self, step: int) -> Iterator[Finding]:
+        loss, accuracy, reward = (
+            sum(line[f"train/{name}"] for line in self._recent) / WINDOW
+            for name in ("loss", "rewards/accuracies", "rewards/chosen")
+        )
+        if accuracy >= 0.99 and loss < 0.05:
+            yield Finding(
+                "saturation",
+                step,
+                f"Over {WINDOW} logged steps the training loss is {loss:.3f} and the reward "
+                f"accuracy {accuracy:.1%}.",
+                "The pairs hardly teach any more; what still moves the weights is a few of them.",
+                "Stop here, lower the learning rate, or look for pairs that are harder to tell "
+                "apart.",
+            )
+        if not self._before and self._has_reference and reward < 0:
+            yield Finding(
+                "displacement",
+                step,
+                f"Over {WINDOW} logged steps the chosen answers of the training pairs have a mean "
+                f"reward of {reward:.3f}: they are less likely than before training.",
+                *_DISPLACEMENT,
+            )
+
+    def _evaluation(self, line: Mapping[str, float]) -> Iterator[Finding]:
+        before, step = self._before, int(line["step"])
+        fall = before["eval/logps/chosen"] - line["eval/logps/chosen"]
+        if fall > 0:
+            yield Finding(
+                "displacement",
+                step,
+                f"The held-out chosen answers have lost {fall:.2f} nats of log-prob since the "
+                "start.",
+                *_DISPLACEMENT,
+            )
+        ranking, accuracy = line["eval/ranking_accuracy"], line["eval/rewards/accuracies"]
+        if accuracy - ranking > RANKING_GAP:
+            yield Finding(
+                "ranking",
+                step,
+                f"Reward accuracy is {accuracy:.1%}, but the policy itself gives the chosen answer "
+                f"the higher log-prob in only {ranking:.1%} of the pairs.",
+                "It moved the right way from a reference that preferred the rejected answers, and "
+                "would still rather write those.",
+                "Train longer, lower beta, or first fine-tune on the chosen answers.",
+            )
+        if "eval/kl" not in line:
+            return
+        length, old_length = line["eval/lengths/generated"], before["eval/lengths/generated"]
+        if line["eval/kl"] > KL_PER_TOKEN * length:
+            yield Finding(
+                "kl",
+                step,
+                f"The policy is {line['eval/kl']:.1f} nats of KL per answer away from the "
+                f"reference, {line['eval/kl'] / length:.2f} a token.",
+                "What it writes is no longer what the reference would write, and nothing in the "
+                "loss looks at that.",
+                "Read the samples; lower the learning rate, raise beta, or take the weights of an "
+                "earlier step.",
+            )
+        if abs(length / old_length - 1) > LENGTH_DRIFT:
+            yield Finding(
+                "length_drift",
+                step,
+                f"Answers have {length:.1f} tokens on average, before training {old_length:.1f}.",
+                "DPO learns the length of the chosen answers as readily as their content, and a "
+                "collapsed policy rambles or stops at once.",
+                "Compare the lengths of chosen and rejected answers in the data, and judge with "
+                "length-controlled figures (scripts/evaluate.py).",
+            )
+
+
+_DISPLACEMENT = (
+    "DPO only widens the gap to the rejected ones, so this is common, and harmless while small; "
+    "the probability went to answers that are in no pair.",
+    "Compare with eval/kl and the samples; if they are bad, lower the learning rate or raise beta.",
+)
