@@ -26,7 +26,7 @@ def _private_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sentencepiece(tmp_path_factory):
-    """Mistral-7B-v0.1's tokenizer: its bare model file, and a configuration that names the class."""
+    """Mistral-7B-v0.1's tokenizer: its bare model file, and a configuration naming the class."""
     from transformers import LlamaTokenizer
 
     folder = tmp_path_factory.mktemp("mistral")

@@ -7,11 +7,14 @@ too far. These look elsewhere. docs/diagnostics.md shows each of them on a real 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 WINDOW = 10  # logged training steps that a finding looks back on: one step's pairs are few
 KL_PER_TOKEN = 0.5  # nats of KL per generated token; the quickstart's good runs stay below 0.1
 LENGTH_DRIFT = 0.2  # share by which the answers became longer or shorter
 RANKING_GAP = 0.25  # reward accuracy minus ranking accuracy
+
+Line = Mapping[str, Any]  # of metrics.jsonl: "step", and metrics by name
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Finding:
         return f"note: step {self.step}: {self.saw} {self.means} {self.try_this}"
 
 
-def diagnose(lines: Iterable[Mapping[str, float]]) -> list[Finding]:
+def diagnose(lines: Iterable[Line]) -> list[Finding]:
     """The findings of a whole run, from the lines of its metrics.jsonl."""
     watch = Watch()
     return [finding for line in lines for finding in watch.see(line)]
@@ -45,12 +48,12 @@ class Watch:
     """Looks at one line of metrics after the other; each finding comes once."""
 
     def __init__(self) -> None:
-        self._recent: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
-        self._before: Mapping[str, float] = {}
+        self._recent: deque[Line] = deque(maxlen=WINDOW)
+        self._before: Line = {}
         self._has_reference = True
         self._found: set[str] = set()
 
-    def see(self, line: Mapping[str, float]) -> list[Finding]:
+    def see(self, line: Line) -> list[Finding]:
         """What is new in this line, which may be of training or of an evaluation."""
         found: list[Finding] = []
         if "eval/loss" in line:
@@ -92,7 +95,7 @@ class Watch:
                 *_DISPLACEMENT,
             )
 
-    def _evaluation(self, line: Mapping[str, float]) -> Iterator[Finding]:
+    def _evaluation(self, line: Line) -> Iterator[Finding]:
         before, step = self._before, int(line["step"])
         fall = before["eval/logps/chosen"] - line["eval/logps/chosen"]
         if fall > 0:

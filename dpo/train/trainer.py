@@ -343,7 +343,7 @@ class Run:
         return [
             {"row": held_out.row_name(i), "why": why}
             | token_rewards(held_out[i], *context, beta=beta, device=device)
-            for i, why in pairs_to_show(held_out, logps, beta=beta)
+            for i, why in pairs_to_show(logps, beta=beta)
         ]
 
     def _not_finite(self, step: int, losses_seen: list[tuple[list[int], Tensor]]) -> str:

@@ -11,12 +11,7 @@ from dpo.show.evaluate import pair_logps
 from dpo.show.token_rewards import pairs_to_show, text_pieces, token_rewards
 from tests.models import tiny
 
-TEXTS = [
-    "Two  spaces, a\ttab,\n a line.",
-    "naïve café 🙂 日本語",
-    "<|im_start|>user\nHi<|im_end|>",
-    " x",
-]
+TEXTS = ["Two  spaces, a\ttab,\n a line.", "naïve café 🙂 日本語", "<|im_start|>user\nHi", " x"]
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +27,13 @@ def models():
     return policy, lambda stream: reference(stream).detach()
 
 
-class Numbers:
-    """A tokenizer to whom token 7 is the text 't7 '."""
-
-    def decode(self, ids):
-        return "".join(f"t{i} " for i in ids)
-
-
 PAIR = TokenizedPair(
     [1, 2, 3], [5, 6, 7, 8], [5, 6, 9], chosen_scored=[True, False, True, True]
 )  # the answers open alike; a token in between is not scored
 
 
-def test_token_rewards_add_up_to_the_reward_of_the_answer(models):
-    shown = token_rewards(PAIR, *models, Numbers(), beta=0.3, device=torch.device("cpu"))
+def test_token_rewards_add_up_to_the_reward_of_the_answer(models, tokenizer):
+    shown = token_rewards(PAIR, *models, tokenizer, beta=0.3, device=torch.device("cpu"))
     stream = build_stream([PAIR])
     with torch.no_grad():
         logps = pair_logps(stream, models[0](stream), models[1](stream))
@@ -56,9 +44,9 @@ def test_token_rewards_add_up_to_the_reward_of_the_answer(models):
         assert abs(total) > 1e-3
 
 
-def test_a_token_that_is_not_scored_has_no_reward_and_keeps_its_place(models):
-    shown = token_rewards(PAIR, *models, Numbers(), beta=0.3, device=torch.device("cpu"))
-    assert shown["chosen"]["tokens"] == ["t5 ", "t6 ", "t7 ", "t8 "]
+def test_a_token_that_is_not_scored_has_no_reward_and_keeps_its_place(models, tokenizer):
+    shown = token_rewards(PAIR, *models, tokenizer, beta=0.3, device=torch.device("cpu"))
+    assert len(shown["chosen"]["tokens"]) == 4
     assert [value is None for value in shown["chosen"]["rewards"]] == [False, True, False, False]
     assert len(shown["rejected"]["rewards"]) == 3
     # Both answers open with token 5 after the same prompt: one log-prob, one reward.
@@ -80,19 +68,19 @@ def test_the_pieces_of_a_long_text_do_not_depend_on_how_far_they_look_back(token
 
 
 def test_sentencepiece_keeps_its_leading_spaces_and_whole_characters(sentencepiece):
-    """The emoji is four byte tokens: it stands with the last of them."""
-    ids = sentencepiece("The race is in April 🙂.", add_special_tokens=False)["input_ids"]
+    """The Old Italic letter is four byte tokens: it stands with the last of them."""
+    ids = sentencepiece("The race is in April 𐌀.", add_special_tokens=False)["input_ids"]
     pieces = text_pieces(sentencepiece, ids)
     assert "".join(pieces) == sentencepiece.decode(ids)
     assert " race" in pieces
-    assert pieces.count("") >= 3
+    assert pieces.count("") == 3
 
 
-def test_the_pairs_to_show_are_spread_and_the_worst(tokenizer):
+def test_the_pairs_to_show_are_spread_and_the_worst():
     """Margins 0, 1, 2, ...: the lowest are the first three, which are shown as such, once."""
     margins = torch.arange(20.0)
     zeros = torch.zeros(20)
     logps = PairLogps(margins, zeros, zeros, zeros, zeros, zeros)
-    shown = pairs_to_show(list(range(20)), logps, beta=1.0)
+    shown = pairs_to_show(logps, beta=1.0)
     assert [i for i, why in shown if why == "lowest margin"] == [0, 1, 2]
     assert [i for i, why in shown if why != "lowest margin"] == [4, 8, 11, 15, 19]
