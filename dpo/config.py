@@ -464,8 +464,11 @@ def save(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
 
 
-def run(main: Callable[[], object]) -> None:
-    """Runs a script: a user's mistake becomes one message and exit code 2, without a traceback."""
+def run(main: Callable[[], object], stopped: str = "stopped") -> None:
+    """Runs a script: a user's mistake becomes one message and exit code 2, without a traceback.
+
+    `stopped` is what Ctrl-C says.
+    """
     for known in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=known)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -475,10 +478,7 @@ def run(main: Callable[[], object]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "stopped; with train.resume auto, the same command goes on from the last checkpoint",
-            file=sys.stderr,
-        )
+        print(stopped, file=sys.stderr)
         sys.exit(130)
 
 

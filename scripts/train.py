@@ -17,4 +17,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "stopped; with train.resume auto, the same command goes on from the last checkpoint")

@@ -29,19 +29,3 @@ def test_the_example_prints_what_its_comments_say(capsys):
     exec(example)
     printed = capsys.readouterr().out
     assert printed == "tensor([0.5544])\n(tensor([0.1000]), tensor([-0.2000]))\n"
-
-
-def test_every_metric_that_a_run_logs_is_in_the_table():
-    from dpo.metrics import METRICS
-
-    table = README.split("| metric")[1].split("\n\n")[0]
-    more = "grad_norm learning_rate tokens_per_second pairs_per_second memory_gib kl exact_match"
-    for name in (*METRICS, *more.split(), "lengths/generated"):
-        assert name in table, name
-
-
-def test_every_format_is_in_the_table():
-    from dpo.data.formats import FORMATS
-
-    for name in FORMATS:
-        assert f"| `{name}` |" in README

@@ -103,7 +103,7 @@ def test_train_and_generate_from_the_command_line(tmp_path):
     arguments = [tmp_path / "run", "Which number is larger, 7 or 9?", "--max_new_tokens", 5]
     code, out, err = script("generate.py", *arguments)
     assert code == 0, err
-    assert out.count("before: ") == out.count("after: ") == 1
+    assert out.count("  base: ") == out.count("  policy: ") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""The documents tell the truth: links, anchors, tables, and the keys that they name."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dpo.config import known_keys
+from dpo.data.formats import FORMATS
+from dpo.metrics import METRICS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKS = [
+    (page, target)
+    for page in PAGES
+    for target in re.findall(r"\[[^\]]+\]\((?!http)([^)]+)\)", page.read_text())
+]
+
+
+def anchor(heading):
+    """As GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize(
+    ("page", "target"), LINKS, ids=[f"{page.name}-{target}" for page, target in LINKS]
+)
+def test_a_link_leads_to_a_file_and_a_heading_that_exist(page, target):
+    path, _, fragment = target.partition("#")
+    file = (page.parent / path) if path else page
+    assert file.exists(), f"{page.name} links to {target}"
+    if fragment and not fragment.startswith("L"):
+        headings = re.findall(r"^#+ (.*)", file.read_text(), flags=re.MULTILINE)
+        assert fragment in map(anchor, headings), f"{page.name} links to {target}"
+
+
+def test_every_page_can_be_reached_from_the_index():
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in PAGES[1:]:
+        assert page.name == "README.md" or f"({page.name})" in index, page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_configuration_key_that_is_named_exists(page):
+    """`section.key` in code marks or as a flag; negative control below."""
+    unknown = named_keys(page.read_text()) - set(known_keys())
+    assert not unknown
+
+
+def named_keys(text):
+    """Every section.key that a text names."""
+    sections = {key.split(".")[0] for key in known_keys()}
+    return {
+        f"{section}.{key}"
+        for section, key in re.findall(r"(?:`|--)([a-z]+)\.([a-z_]+)(?![\w.(])", text)
+        if section in sections
+    }
+
+
+def test_an_unknown_key_would_be_seen():
+    text = "Set `loss.gamma` or --train.stepps 3; `lora.r` is fine."
+    assert named_keys(text) == {"loss.gamma", "train.stepps", "lora.r"}
+
+
+def test_every_metric_that_a_run_logs_is_in_the_table():
+    table = (ROOT / "docs" / "metrics.md").read_text().split("| metric")[1].split("\n\n")[0]
+    more = "grad_norm learning_rate tokens_per_second pairs_per_second memory_gib kl exact_match"
+    for name in (*METRICS, *more.split(), "lengths/generated"):
+        assert name in table, name
+
+
+def test_every_format_is_in_the_table():
+    page = (ROOT / "docs" / "data.md").read_text()
+    for name in FORMATS:
+        assert f"| `{name}` |" in page
+
+
+def test_every_reason_to_drop_a_row_is_in_the_table():
+    """Each string that the code gives a RowError."""
+    sources = "".join(path.read_text() for path in (ROOT / "dpo" / "data").glob("*.py"))
+    reasons = set(re.findall(r"RowError\(\s*\"([^\"]+)\"", sources))
+    assert len(reasons) >= 12
+    page = (ROOT / "docs" / "data.md").read_text()
+    for reason in reasons - {"answer does not end with the assistant"}:
+        assert reason.removesuffix(" with the assistant") in page, reason
