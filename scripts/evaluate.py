@@ -1,0 +1,47 @@
+r"""Measures a finished run: held-out pairs, win rate by a judge, lm-eval; base beside policy.
+
+python scripts/evaluate.py runs/quickstart --judge exact_match
+python scripts/evaluate.py RUN --judge https://api.openai.com/v1 --judge_model MODEL
+python scripts/evaluate.py RUN --lm_eval open_llm_leaderboard        # the article's six tasks
+python scripts/evaluate.py RUN --lm_eval my_task --include_path FOLDER_OF_ITS_YAML
+"""
+
+import argparse
+from pathlib import Path
+
+from dpo.config import run
+from dpo.show.evaluation import Options, evaluate_run
+
+
+def main() -> None:
+    """Prints tables; writes every figure to a JSON file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("run", type=Path, help="run folder")
+    add("--weights", default="final", help="final, best or checkpoint-N")
+    add("--data_path", help="other pairs than the held-out ones: a file in any known format")
+    add("--data_format", default="auto", help="their format, as data.format in training")
+    add("--prompts", type=int, default=200, help="held-out prompts to answer: for KL and judge")
+    add("--max_new_tokens", type=int, help="longest answer; the run's train.eval_max_new_tokens")
+    add("--temperature", type=float, default=0.0, help="of the judged answers; 0 is greedy")
+    add("--top_p", type=float, default=1.0)
+    add("--seed", type=int, default=0)
+    add(
+        "--judge", help="exact_match, MODULE:FUNCTION (prompt, policy, base, chosen -> 0..1) or URL"
+    )
+    add("--judge_model", help="model at that URL; its key comes from OPENAI_API_KEY")
+    add("--lm_eval", help="open_llm_leaderboard, or names of lm-eval tasks, by commas")
+    add("--include_path", type=Path, help="folder with the YAML of lm-eval tasks of your own")
+    add("--limit", type=int, help="documents of each lm-eval task; for trying out")
+    add("--batch_size", type=int, default=16, help="answers written, or documents scored, at once")
+    add("--output", type=Path, help="JSON file, RUN/evaluation.json; judged.jsonl goes beside it")
+    options = vars(parser.parse_args())
+    folder = options.pop("run")
+    for text in evaluate_run(folder, Options(**options)):
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
