@@ -7,14 +7,30 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # prints a page about them.
 LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: train test check clean
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
+.PHONY: train article test test-browser check clean
 
 train: .venv/installed
 	$(BIN)/accelerate launch $(LAUNCH) scripts/train.py
 
+# The NeuralHermes article in small, a command a stage, as the README shows them.
+article: .venv/installed-dev
+	rm -rf runs/article
+	$(BIN)/accelerate launch $(LAUNCH) scripts/train.py --model.quantization nf4 --train.output_dir runs/article
+	$(BIN)/python scripts/merge.py runs/article --dtype bfloat16
+	$(BIN)/python scripts/generate.py runs/article/merged "Tell me the last of these words: bread, flower, garden."
+	$(BIN)/python scripts/evaluate.py runs/article --judge exact_match --lm_eval quickstart --include_path docs/lm_eval
+	$(BIN)/python scripts/report.py runs/article
+
 # All tests but those that need a GPU (they are skipped without one).
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+# The report in Debian's Chromium, which is installed if it is not there: here its absence is a failure.
+test-browser: .venv/installed-dev
+	command -v chromium || { $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends chromium; }
+	DPO_BROWSER_REQUIRED=1 $(BIN)/python -m pytest -m browser
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -27,7 +43,7 @@ check: .venv/installed-dev
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev,eval]'
 	touch $@
 
 clean:

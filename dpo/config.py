@@ -198,6 +198,8 @@ class TrainConfig:
     """auto: go on where the folder's run stopped; never: put an old run aside; or a checkpoint."""
     report_to: str | list[str] = "tensorboard"
     """Trackers that Accelerate knows (tensorboard, wandb, ...), or none."""
+    write_report: bool = True
+    """Write report.html at the end: all of the run in one file for a browser."""
 
 
 @dataclass(kw_only=True)

@@ -29,3 +29,11 @@ def test_the_example_prints_what_its_comments_say(capsys):
     exec(example)
     printed = capsys.readouterr().out
     assert printed == "tensor([0.5544])\n(tensor([0.1000]), tensor([-0.2000]))\n"
+
+
+def test_make_article_runs_the_commands_of_the_readme():
+    """Line by line; the Makefile adds its own folder and accelerate's defaults."""
+    block = README.split("## The article in small")[1].split("```bash\n")[1].split("```")[0]
+    makefile = (ROOT / "Makefile").read_text().replace("$(BIN)/", "").replace("$(LAUNCH) ", "")
+    recipe = makefile.split("\narticle:")[1].split("\n\n")[0]
+    assert block.strip().splitlines() == [line.strip() for line in recipe.splitlines()[2:]]

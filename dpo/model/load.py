@@ -47,7 +47,7 @@ class Policy:
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the model; of the base where an adapter's folder has none."""
     path = resolve(model.name_or_path)
-    adapter = _adapter_settings(path)
+    adapter = adapter_settings(path)
     if adapter and not (Path(path) / "tokenizer_config.json").exists():
         path = adapter["base_model_name_or_path"]
     return _from_hub_or_disk(AutoTokenizer, path, model)
@@ -61,7 +61,7 @@ def load_policy(config: Config, device: torch.device | str) -> Policy:
             reference could not be restored.
     """
     path = resolve(config.model.name_or_path)
-    adapter = _adapter_settings(path)
+    adapter = adapter_settings(path)
     if adapter and config.model.adapter == "none":
         raise UserError(
             f"model.adapter: got none, but {path} is an adapter. Set model.adapter to lora, or "
@@ -222,7 +222,7 @@ def _load_adapter(
     return model
 
 
-def _adapter_settings(path: str) -> dict[str, Any] | None:
+def adapter_settings(path: str) -> dict[str, Any] | None:
     """adapter_config.json, if `path` is a PEFT folder."""
     file = Path(path) / "adapter_config.json"
     return json.loads(file.read_text()) if file.is_file() else None

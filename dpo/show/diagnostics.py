@@ -12,7 +12,8 @@ from typing import Any
 WINDOW = 10  # logged training steps that a finding looks back on: one step's pairs are few
 KL_PER_TOKEN = 0.5  # nats of KL per generated token; the quickstart's good runs stay below 0.1
 LENGTH_DRIFT = 0.2  # share by which the answers became longer or shorter
-RANKING_GAP = 0.25  # reward accuracy minus ranking accuracy
+RANKING_GAP = 0.25  # reward accuracy minus ranking accuracy,
+RANKING_RISE = 0.05  # once the latter rises less than this over two evaluations
 
 Line = Mapping[str, Any]  # of metrics.jsonl: "step", and metrics by name
 
@@ -35,7 +36,10 @@ class Finding:
     try_this: str
 
     def __str__(self) -> str:
-        return f"note: step {self.step}: {self.saw} {self.means} {self.try_this}"
+        return (
+            f"note: step {self.step}: {self.saw} {self.means} {self.try_this} "
+            f"(docs/diagnostics.md, {self.key})"
+        )
 
 
 def diagnose(lines: Iterable[Line]) -> list[Finding]:
@@ -50,6 +54,7 @@ class Watch:
     def __init__(self) -> None:
         self._recent: deque[Line] = deque(maxlen=WINDOW)
         self._before: Line = {}
+        self._rankings: deque[float] = deque(maxlen=3)
         self._has_reference = True
         self._found: set[str] = set()
 
@@ -57,6 +62,7 @@ class Watch:
         """What is new in this line, which may be of training or of an evaluation."""
         found: list[Finding] = []
         if "eval/loss" in line:
+            self._rankings.append(line["eval/ranking_accuracy"])
             if line["step"] == 0:
                 self._before = line
             elif self._before:
@@ -107,7 +113,10 @@ class Watch:
                 *_DISPLACEMENT,
             )
         ranking, accuracy = line["eval/ranking_accuracy"], line["eval/rewards/accuracies"]
-        if accuracy - ranking > RANKING_GAP:
+        has_stopped = (
+            len(self._rankings) == 3 and self._rankings[-1] - self._rankings[0] < RANKING_RISE
+        )
+        if accuracy - ranking > RANKING_GAP and has_stopped:
             yield Finding(
                 "ranking",
                 step,

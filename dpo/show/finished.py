@@ -60,10 +60,14 @@ class FinishedRun:
         self.policy: Policy = load_policy(self.config, self.device)
         self.policy.model.eval()
         self.scorer = Scorer(self.policy.model, self.config.model.attention)
-        # A copy of a model that trained every weight; an adapter is switched off instead.
-        is_adapter = hasattr(self.policy.model, "peft_config")
-        self._before = None if is_adapter else Frozen(self.policy.model, self.scorer.layout)
         load_weights(self.weights, self.policy.model)
+
+    @cached_property
+    def _before(self) -> Frozen | None:
+        """Loaded again, for a run that trained every weight; an adapter is switched off instead."""
+        if hasattr(self.policy.model, "peft_config"):
+            return None
+        return Frozen(load_policy(self.config, self.device).model, self.scorer.layout)
 
     @cached_property
     def reference(self) -> Reference:

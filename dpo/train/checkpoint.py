@@ -28,7 +28,8 @@ from dpo.model.load import load_weights
 
 # May differ between a run and its continuation: they do not change what is computed.
 _FREE_KEYS = (
-    "train.output_dir train.resume train.report_to train.save_steps train.save_total_limit "
+    "train.output_dir train.resume train.report_to train.write_report "
+    "train.save_steps train.save_total_limit "
     "train.logging_steps train.eval_steps train.eval_prompts train.eval_max_new_tokens "
     "train.eval_exact_match train.metric_for_best_model train.tokens_per_microbatch "
     # Their product with the number of ranks is compared instead, by the trainer.

@@ -29,6 +29,7 @@ from dpo.model.load import load_policy, load_tokenizer
 from dpo.model.reference import build_reference, choose_mode
 from dpo.model.scorer import Scorer
 from dpo.show.evaluate import Evaluator, pair_logps
+from dpo.show.report.page import write_report
 from dpo.show.token_rewards import pairs_to_show, token_rewards
 from dpo.train import checkpoint as checkpoints
 from dpo.train.header import header
@@ -225,6 +226,8 @@ class Run:
                 old, new = (self.tracker.samples_at(line["step"]) for line in (before, after))
                 print(f"\n{closing_table(before, after)}\n\n{side_by_side(old, new)}")
             print(f"The trained model is in {final}.")
+            if self.config.train.write_report:
+                print(f"The report is in {write_report(self.folder)}.")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()  # closes trackers and the process group: nothing after it
         return self.folder

@@ -51,12 +51,20 @@ def test_a_healthy_run_has_no_findings():
         ("kl", {"kl": 5.1}, {"kl": 4.9}),  # 0.5 nats x 10 tokens
         ("length_drift", {"lengths/generated": 12.1}, {"lengths/generated": 11.9}),
         ("length_drift", {"lengths/generated": 7.9}, {"lengths/generated": 8.1}),
-        ("ranking", {"ranking_accuracy": 0.64}, {"ranking_accuracy": 0.66}),
     ],
 )
 def test_an_evaluation_past_the_bound_is_found_and_one_before_it_is_not(key, changed, not_yet):
     assert keys([evaluation(0), evaluation(9, **changed)]) == [key]
     assert keys([evaluation(0), evaluation(9, **not_yet)]) == []
+
+
+def test_a_ranking_that_stays_behind_is_found_once_it_no_longer_rises():
+    """Reward accuracy 0.9; every run passes through a gap, a healthy one quickly."""
+    rankings = (0.3, 0.58, 0.6, 0.62)
+    lines = [evaluation(i, ranking_accuracy=value) for i, value in enumerate(rankings)]
+    assert [(finding.key, finding.step) for finding in diagnose(lines)] == [("ranking", 3)]
+    assert keys(lines[:3]) == []
+    assert keys([*lines[:3], evaluation(3, ranking_accuracy=0.66)]) == []
 
 
 def test_saturation_is_perfect_accuracy_and_a_loss_near_zero_over_a_window():
@@ -102,7 +110,8 @@ def test_each_finding_comes_once_where_it_was_first_seen():
 def test_every_finding_says_what_was_seen_what_it_means_and_what_to_try():
     bad = {"kl": 50.0, "lengths/generated": 30.0, "logps/chosen": -40.0, "ranking_accuracy": 0.1}
     saturated = steps(20, loss=0.0, **{"rewards/accuracies": 1.0})
-    found = diagnose([evaluation(0), *saturated, evaluation(20, **bad)])
+    evaluations = [evaluation(0, ranking_accuracy=0.1), evaluation(9, ranking_accuracy=0.1)]
+    found = diagnose([*evaluations, *saturated, evaluation(20, **bad)])
     assert {finding.key for finding in found} == {
         "saturation", "displacement", "ranking", "kl", "length_drift",
     }  # fmt: skip

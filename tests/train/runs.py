@@ -10,7 +10,7 @@ from dpo.config import PACKAGE, parse
 from dpo.train.trainer import Run, train
 
 QUIET = ["--train.report_to", "none", "--train.eval_prompts", "0", "--data.max_length", "160"]
-QUIET += ["--data.max_prompt_length", "128"]
+QUIET += ["--data.max_prompt_length", "128", "--train.write_report", "false"]
 
 
 def rows_file(folder, count, name="rows.jsonl"):

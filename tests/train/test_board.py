@@ -50,7 +50,7 @@ def test_the_layout_names_no_scalar_that_a_run_does_not_log(board):
 
 
 def test_settings_are_flat_and_their_results_are_the_runs_own_scalars(board):
-    folder, reader = board
+    _, reader = board
     content = reader.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     settings = HParamsPluginData.FromString(content).session_start_info.hparams
     assert settings["loss.beta"].number_value == pytest.approx(0.1)

@@ -565,3 +565,24 @@ def test_falling_chosen_log_probs_are_warned_of_once(tmp_path, capsys):
 def test_the_header_says_which_format_was_recognised(tmp_path, capsys):
     run(config(tmp_path, "--train.max_steps", 1))
     assert "24 of 24 rows kept; format orca_dpo_pairs" in capsys.readouterr().err
+
+
+def test_a_run_ends_with_a_report_and_the_files_it_is_drawn_from(tmp_path):
+    """held_out.jsonl has a line an evaluation; its log-probs give the figures of metrics.jsonl."""
+    flags = ["--data.eval_fraction", 0.4, "--train.write_report", "true"]
+    folder = run(config(tmp_path, *flags))
+    before, after = (line for line in metrics(folder) if "eval/loss" in line)
+    lines = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 3]
+    assert lines[0]["policy_chosen_logps"] == lines[0]["ref_chosen_logps"]
+    for line, evaluation in zip(lines, (before, after), strict=True):
+        mean = sum(line["policy_chosen_logps"]) / len(line["row"])
+        assert mean == pytest.approx(evaluation["eval/logps/chosen"], rel=1e-6)
+    tokens = json.loads((folder / "token_rewards.json").read_text())
+    row = tokens[-1]
+    at = lines[-1]["row"].index(row["row"])
+    log_ratio = lines[-1]["policy_chosen_logps"][at] - lines[-1]["ref_chosen_logps"][at]
+    assert sum(row["chosen"]["rewards"]) == pytest.approx(0.1 * log_ratio, abs=1e-5)
+    report = (folder / "report.html").read_text()
+    assert f"{after['eval/loss']:.4f}" in report
+    assert (folder / "header.txt").read_text().splitlines()[0] in report

@@ -1,0 +1,117 @@
+"""How far a merged model is from the trained policy, and how far it may be."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpo.data.loader import micro_batches
+from dpo.data.stream import TokenizedPair, build_stream
+from dpo.logps import sequence_logps
+from dpo.model.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probs in nats: of the answer tokens, (scored,), and of whole answers, (sequences,)."""
+
+    tokens: Tensor
+    answers: Tensor
+
+    def apart(self, other: "Scores") -> float:
+        """Mean absolute difference of a token, nats."""
+        return (self.tokens - other.tokens).abs().mean().item()
+
+
+@torch.no_grad()
+def score(scorer: Scorer, pairs: Sequence[TokenizedPair], budget: int) -> Scores:
+    """All pairs, at most `budget` tokens at a time, always in the same order."""
+    tokens, answers = [], []
+    for positions in micro_batches([pair.num_stream_tokens for pair in pairs], budget):
+        stream = build_stream([pairs[i] for i in positions]).to(scorer.device)
+        logps = scorer(stream)
+        tokens.append(logps.cpu())
+        answers.append(sequence_logps(logps, stream.sequence_ids, 2 * stream.num_pairs).cpu())
+    return Scores(torch.cat(tokens), torch.cat(answers))
+
+
+@dataclass(frozen=True)
+class MergeError:
+    """What a merge changed.
+
+    Attributes:
+        mean, worst: absolute difference of a token's log-prob, nats.
+        per_answer: mean absolute difference of an answer's log-prob, nats.
+        effect: mean absolute difference that the adapter makes to a token, nats; 0 without one.
+        kept: share of the adapter's effect that the merged model has, by least squares over the
+            tokens: 1 for a right merge, 0 for the bare base. Added twice, a small adapter gives 2
+            (a large one less: log-probs end at 0). None without an effect.
+    """
+
+    mean: float
+    worst: float
+    per_answer: float
+    effect: float
+    kept: float | None
+
+    def row(self, name: str) -> str:
+        """One line of the printed table, under `HEADER`."""
+        kept = "" if self.kept is None else f"{self.kept:.2%}"
+        return f"  {name:12}{self.mean:14.2g}{self.worst:14.2g}{self.per_answer:14.2g}{kept:>15}"
+
+
+HEADER = f"  {'':12}{'token, mean':>14}{'token, worst':>14}{'answer, mean':>14}{'effect kept':>15}"
+
+
+def measure(policy: Scores, bare: Scores | None, merged: Scores) -> MergeError:
+    """The merged model against the policy; `bare` is the policy without its adapter, if any."""
+    worst = (merged.tokens - policy.tokens).abs().max().item()
+    per_answer = (merged.answers - policy.answers).abs().mean().item()
+    errors = merged.apart(policy), worst, per_answer
+    if bare is None:
+        return MergeError(*errors, effect=0.0, kept=None)
+    effect, moved = policy.tokens - bare.tokens, merged.tokens - bare.tokens
+    kept = (moved @ effect / (effect @ effect)).item() if effect.any() else None
+    return MergeError(*errors, effect=effect.abs().mean().item(), kept=kept)
+
+
+def allowed(effect: float, epsilon: float, apart: float) -> float:
+    """The largest mean error, nats per token, of a merge that is right.
+
+    A tenth of the adapter's effect: the bare base is off by all of it, half an adapter or one and a
+    half by 0.3 of it or more, a doubled one by 0.6 or more (on the quickstart, in all types). Where
+    the effect is small, what comes from elsewhere counts: rounding, since the two multiply in
+    another order. And a base that is not the one trained on: then a quarter of the effect, which
+    its adapter may change as well, or thrice what the bases differ by, pass.
+
+    Args:
+        effect: of the adapter, mean absolute nats per token.
+        epsilon: of the coarsest type of run and merge. The error measured on the quickstart is
+            0.1 epsilon in bfloat16 and float16, and 1e-7 nats in float32; deeper models round more
+            often, so 2.5 epsilon and 1e-4 pass.
+        apart: how far the merge's base is from the trained one, both without the adapter, nats per
+            token; 0 where it is the same one.
+    """
+    share = 0.25 if apart else 0.1
+    return max(1e-4 + 2.5 * epsilon + 3 * apart, share * effect)
+
+
+def refuse_wrong(error: MergeError, at_most: float, what: str) -> None:
+    """Stops at a model that is not the trained policy.
+
+    Where the error is at most twice the adapter's effect, the share of the effect is well measured,
+    and tells a wrong merge even if both are small.
+
+    Raises:
+        RuntimeError: with what was measured and what is allowed.
+    """
+    measured = f"{what}: the model is {error.mean:.3g} nats per token off the trained policy"
+    if not error.mean <= at_most:  # nan is wrong too
+        raise RuntimeError(f"{measured}, wanted at most {at_most:.3g}. It was not written.")
+    is_clear = error.kept is not None and error.mean <= 2 * error.effect
+    if is_clear and not 0.5 <= error.kept <= 1.5:  # type: ignore[operator]
+        raise RuntimeError(
+            f"{measured} and has {error.kept:.0%} of the adapter's effect on it "
+            f"({error.effect:.3g} nats), wanted about 100%. It was not written."
+        )

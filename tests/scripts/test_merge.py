@@ -1,0 +1,103 @@
+"""scripts/merge.py as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.model.hub import TOKEN, running_hub
+from tests.show.made_runs import made_run
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "merge.py"
+# The same, but that the adapter is lost on the way.
+LOSING = f"""
+import runpy
+import dpo.show.merging
+dpo.show.merging.merge_adapter = lambda base, *_: base
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+
+
+def merge(*arguments, hub=None, how=(SCRIPT,), **environment):
+    """Exit code, stdout and stderr. HF_ENDPOINT is read at import: hence a process of its own."""
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    if hub:
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, *how, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=clean | environment,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_a_merged_run_is_pushed_and_the_push_can_be_repeated_alone(tmp_path):
+    run = made_run(tmp_path)
+    push = [run, "--pairs", 8, "--push_to_hub", "me/model"]
+    with running_hub() as hub:
+        hub.refuse["/api/models/me/model/commit"] = 403
+        code, out, err = merge(*push, hub=hub, HF_TOKEN=TOKEN)
+        assert code == 2, err
+        assert "me/model was not pushed" in err
+        assert "Traceback" not in err
+        written = {file.name: file.read_bytes() for file in (run / "merged").iterdir()}
+        assert "verified" in out
+
+        hub.refuse.clear()
+        code, again, err = merge(*push, hub=hub, HF_TOKEN=TOKEN)
+        assert code == 0, err
+        assert "Off the trained policy" in out
+        assert again == f"Pushed to {hub.url}/me/model.\n"
+        assert hub.files["me/model"] == written
+        assert hub.visibility["me/model"] == "private"
+        assert TOKEN not in out + again + err
+
+
+@pytest.mark.slow
+def test_what_fails_its_verification_is_neither_written_nor_pushed(tmp_path):
+    run = made_run(tmp_path)
+    with running_hub() as hub:
+        push = [run, "--pairs", 8, "--push_to_hub", "me/model"]
+        code, _, err = merge(*push, hub=hub, how=("-c", LOSING), HF_TOKEN=TOKEN)
+        assert code == 1
+        assert "RuntimeError: merged (original base): the model is" in err
+        assert not [request for request in hub.requests if "models" in request.path]
+        assert hub.files == {}
+    assert not (run / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["no/such/run"], "no/such/run holds no finished run"),
+        (["RUN", "--output", "RUN/final"], "final exists, and nothing is overwritten"),
+        (["RUN", "--dtype", "int4"], "--dtype: invalid choice: 'int4'"),
+        (["RUN", "--push_to_hub", "me/model"], "there is no token for the hub"),
+    ],
+    ids=str,
+)
+@pytest.mark.slow
+def test_a_user_error_is_one_message_and_exit_code_2(tmp_path, arguments, said):
+    run = made_run(tmp_path)
+    arguments = [text.replace("RUN", str(run)) for text in arguments]
+    code, _, err = merge(*arguments, HF_HOME=str(tmp_path))
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+    assert not (run / "merged").exists()
+
+
+@pytest.mark.slow
+def test_a_dora_run_is_merged(tmp_path):
+    run = made_run(tmp_path, "--lora.use_dora", "true", "--lora.use_rslora", "true", std=0.1)
+    code, _, err = merge(run, "--pairs", 8, "--dtype", "bfloat16")
+    assert code == 0, err
+    error = json.loads((run / "merged" / "merge.json").read_text())["errors_nats"]["read back"]
+    assert error["mean"] < 0.02
+    assert error["kept"] == pytest.approx(1, abs=0.1)
