@@ -474,3 +474,16 @@ def test_the_script_refuses_a_folder_without_a_run_in_one_message(tmp_path):
     assert code == 2
     assert "no metrics.jsonl" in err
     assert "Traceback" not in err
+
+
+def test_the_report_draws_no_metric_that_a_run_does_not_log():
+    """Their names are spelt out in the report: each must be one that training or evaluation has."""
+    from dpo.metrics import METRICS
+    from dpo.show.report import digest, figures
+
+    logged = {*METRICS, "kl", "exact_match", "lengths/generated", "learning_rate", "grad_norm"}
+    logged |= {"tokens_per_second", "pairs_per_second", "memory_gib"}
+    drawn = {key for _, keys, *_ in (*figures._CURVES, *figures._SPEED) for key in keys}
+    tables = (digest._FIGURES, comparison._RESULTS, comparison._OVERLAID)
+    shown = {row[0].partition("/")[2] for table in tables for row in table}
+    assert drawn | shown <= logged

@@ -32,12 +32,6 @@ _FIGURES = (
         ".1%",
     ),
     ("eval/rewards/margins", "Reward margin", "reward of chosen minus reward of rejected", ".3f"),
-    (
-        "eval/rewards/saturated",
-        "Saturated pairs",
-        "share of pairs that the rewards decide with a probability above 95%",
-        ".1%",
-    ),
     ("eval/loss", "Loss", "mean over pairs", ".4f"),
     ("eval/kl", "KL to the reference", "nats per answer that the policy writes", ".2f"),
     ("eval/lengths/generated", "Answer length", "tokens of the greedy answers, mean", ".1f"),

@@ -52,12 +52,6 @@ _CURVES: tuple[tuple[str, tuple[str, ...], bool, str], ...] = (
         True,
         "Share of pairs whose chosen answer is the more probable one, without the reference.",
     ),
-    (
-        "Saturated pairs",
-        ("rewards/saturated",),
-        True,
-        "Share of pairs that the rewards already decide with a probability above 95%.",
-    ),
     ("Length of answers", ("lengths/generated",), False, "Tokens of the greedy answers, mean."),
 )
 _SPEED: tuple[tuple[str, tuple[str, ...], bool, str], ...] = (
