@@ -23,7 +23,7 @@ from dpo.data.stream import Stream
 from dpo.model.reference import Reference, choose_mode
 from dpo.model.scorer import Scorer
 from dpo.show.evaluate import held_out_columns, score_pairs
-from dpo.show.evaluation_tables import harness_table, held_out_table, win_rate_table
+from dpo.show.evaluation_tables import evaluation_tables
 from dpo.show.finished import FinishedRun, read_run, spread
 from dpo.show.harness import load_tasks, run_harness
 from dpo.show.held_out import Columns, group_figures
@@ -91,17 +91,15 @@ def evaluate_run(folder: Path, options: Options) -> Iterator[str]:
             "or data.eval_path."
         )
 
-    def measured() -> Iterator[tuple[str, dict[str, Any], str]]:
+    def measured() -> Iterator[dict[str, Any]]:
         if len(pairs):
-            figures = {"rows": rows, **measure_pairs(run, pairs, options)}
-            yield "held_out", figures, held_out_table(figures)
+            yield {"held_out": {"rows": rows, **measure_pairs(run, pairs, options)}}
         if judge:
             file = output.parent / "judged.jsonl"
-            figures = measure_win_rate(run, pairs, judge, options, file)
-            yield "win_rate", figures, win_rate_table(figures)
+            yield {"win_rate": measure_win_rate(run, pairs, judge, options, file)}
         if tasks:
-            figures = run_harness(run, tasks, batch_size=options.batch_size, limit=options.limit)
-            yield "lm_eval", figures, harness_table(figures)
+            size, limit = options.batch_size, options.limit
+            yield {"lm_eval": run_harness(run, tasks, batch_size=size, limit=limit)}
 
     report: dict[str, Any] = {
         "run": str(folder),
@@ -109,10 +107,10 @@ def evaluate_run(folder: Path, options: Options) -> Iterator[str]:
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
         "versions": _versions(bool(tasks)),
     }
-    for name, figures, table in measured():
-        report[name] = figures
+    for part in measured():
+        report |= part
         output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        yield table
+        yield from map(str, evaluation_tables(part))
     yield f"All figures are in {output}."
 
 

@@ -1,17 +1,51 @@
-"""The figures of an evaluation as text, for a terminal."""
+"""The figures of an evaluation as tables of text: for the terminal, and for the report."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dpo.show.held_out import QUANTILES
 
+Row = tuple[str, ...]
 
-def held_out_table(held_out: dict[str, Any]) -> str:
-    """All pairs, one figure a line; then the groups, one a line."""
+
+@dataclass(frozen=True)
+class Table:
+    """What the terminal shows with its columns aligned, and the report as a table.
+
+    Attributes:
+        rows: cells; the first row is the head, the first column names the others.
+        lead, notes: what stands above and below.
+        text: instead of rows, a table as another program printed it.
+    """
+
+    rows: Sequence[Row] = ()
+    lead: str = ""
+    notes: Sequence[str] = ()
+    text: str = ""
+
+    def __str__(self) -> str:
+        lead = f"{self.lead}\n" if self.text else f"{self.lead}\n\n" if self.lead else ""
+        return lead + "\n".join([self.text or _align(self.rows), *self.notes]) + "\n"
+
+
+def evaluation_tables(evaluation: dict[str, Any]) -> Iterator[Table]:
+    """Every table of an evaluation.json, for the parts that it has."""
+    for part, tables in (
+        ("held_out", held_out_tables),
+        ("win_rate", win_rate_tables),
+        ("lm_eval", harness_tables),
+    ):
+        if part in evaluation:
+            yield from tables(evaluation[part])
+
+
+def held_out_tables(held_out: dict[str, Any]) -> Iterator[Table]:
+    """All pairs, one figure a row; then the groups, one a row."""
     f = held_out["all"]
     against = "the reference" if held_out["has_reference"] else "the model before training"
     quantiles = "  ".join(f"{f['reward_margin_quantiles'][f'{q}%']:.3f}" for q in QUANTILES)
-    lines: list[tuple[str, ...]] = [
+    rows: list[Row] = [
         (f"{f['pairs']} pairs", "before", "after", "95 % interval, or error"),
         ("reward accuracy", "", _share(f["reward_accuracy"]), _interval(f["reward_accuracy_95"])),
         ("  at equal lengths", "", _share(f["reward_accuracy_length_controlled"]), ""),
@@ -40,23 +74,20 @@ def held_out_table(held_out: dict[str, Any]) -> str:
         ("  chosen answers that lost log-prob", "", _share(f["chosen_fell"]), ""),
         (f"KL to {against}, nats per answer", "", _number(f["kl"], 2), _error(f["kl_se"], 2)),
     ]
-    note = (
-        ""
-        if held_out["has_reference"]
-        else "\nThe run had no reference: its rewards are beta x log-prob of the policy alone."
-    )
     percents = ", ".join(map(str, QUANTILES))
-    return (
-        f"Pairs {held_out['rows']}.\n\n{_align(lines)}\n"
-        f"reward margin, quantiles {percents} %: {quantiles}\n"
-        f"KL over {f['kl_answers']} answers sampled from the policy at temperature 1.{note}\n\n"
-        f"{_group_table(held_out)}\n"
-    )
+    notes = [
+        f"reward margin, quantiles {percents} %: {quantiles}",
+        f"KL over {f['kl_answers']} answers sampled from the policy at temperature 1.",
+    ]
+    if not held_out["has_reference"]:
+        notes += ["The run had no reference: its rewards are beta x log-prob of the policy alone."]
+    yield Table(rows, f"Pairs {held_out['rows']}.", notes)
+    yield Table(list(_group_rows(held_out)))
 
 
-def _group_table(held_out: dict[str, Any]) -> str:
+def _group_rows(held_out: dict[str, Any]) -> Iterator[Row]:
     head = "accuracy|equal length|margin|ranking: before|after|chosen|rejected|fell|KL".split("|")
-    lines: list[tuple[str, ...]] = [("by group", "pairs", *head)]
+    yield ("by group", "pairs", *head)
     for kind in ("by_source", "by_length", "by_longer"):
         for name, f in held_out.get(kind, {}).items():
             shares = (
@@ -66,42 +97,40 @@ def _group_table(held_out: dict[str, Any]) -> str:
             changes = (f"{f[f'logp_{side}_change']:+.2f}" for side in ("chosen", "rejected"))
             end = (_share(f["chosen_fell"]), _number(f["kl"], 2))
             margin = f"{f['reward_margin']:.3f}"
-            lines.append((name, str(f["pairs"]), *shares, margin, *ranking, *changes, *end))
-    return _align(lines)
+            yield (name, str(f["pairs"]), *shares, margin, *ranking, *changes, *end)
 
 
-def win_rate_table(f: dict[str, Any]) -> str:
+def win_rate_tables(f: dict[str, Any]) -> Iterator[Table]:
     """Win rate, lengths, and where the answers can be read."""
     counts = f"{f['wins']} won, {f['ties']} tied, {f['losses']} lost"
-    lines: list[tuple[str, ...]] = [
+    rows: list[Row] = [
         (f"{f['prompts']} prompts, judge {f['judge']}", "base", "policy", "95 % interval"),
         ("win rate, ties half", "", _share(f["win_rate"]), _interval(f["win_rate_95"])),
         ("  at equal lengths", "", _share(f["win_rate_length_controlled"]), ""),
     ]
     if "exact_match_base" in f:
         rights = (_share(f[f"exact_match_{side}"]) for side in ("base", "policy"))
-        lines.append(("answers right", *rights, ""))
+        rows.append(("answers right", *rights, ""))
     lengths = (f"{f[f'length_{side}']:.1f}" for side in ("base", "policy"))
-    lines.append(("answer length, tokens", *lengths, ""))
-    lines.append(("answers cut at max_new_tokens", str(f["cut_base"]), str(f["cut_policy"]), ""))
+    rows.append(("answer length, tokens", *lengths, ""))
+    rows.append(("answers cut at max_new_tokens", str(f["cut_base"]), str(f["cut_policy"]), ""))
     unclear = f["unreadable_verdicts"]
     note = f"; {unclear} verdicts could not be read and are left out" if unclear else ""
-    return f"{_align(lines)}\n{counts}{note}. To read: {f['judged_answers']}\n"
+    yield Table(rows, notes=[f"{counts}{note}. To read: {f['judged_answers']}"])
 
 
-def harness_table(harness: dict[str, Any]) -> str:
+def harness_tables(harness: dict[str, Any]) -> Iterator[Table]:
     """lm-eval's own tables, then base and policy side by side."""
-    lines: list[tuple[str, ...]] = [
-        ("task", "metric", "base", "policy", "difference", "its error", "documents")
-    ]
+    for side in ("base", "policy"):
+        yield Table(lead=f"lm-eval, {side}:", text=harness["tables"][side].rstrip())
+    rows: list[Row] = [("task", "metric", "base", "policy", "difference", "its error", "documents")]
     for row in harness["rows"]:
         error = _number(row["difference_se"], 4) + ("" if row["is_paired"] else " (unpaired)")
         scores = (f"{row[side]:.4f}" for side in ("base", "policy"))
         difference = f"{row['difference']:+.4f}"
         documents = str(row["documents"])
-        lines.append((row["task"], row["metric"], *scores, difference, error, documents))
-    tables = (f"lm-eval, {side}:\n{harness['tables'][side]}" for side in ("base", "policy"))
-    return "\n".join([*tables, _align(lines), ""])
+        rows.append((row["task"], row["metric"], *scores, difference, error, documents))
+    yield Table(rows)
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:

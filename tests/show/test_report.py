@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from dpo.config import UserError
+from dpo.show.evaluation_tables import evaluation_tables
 from dpo.show.report import comparison
 from dpo.show.report.charts import MAX_POINTS, Chart, Series, curve
 from dpo.show.report.digest import samples_by_kind, token_pairs, verdict
 from dpo.show.report.drawing import draw
 from dpo.show.report.figures import held_out_charts
-from dpo.show.report.json_tables import json_tables
 from dpo.show.report.length_bias import length_bias, length_rows
 from dpo.show.report.logs import read_logs
 from dpo.show.report.page import write_comparison, write_report
@@ -362,30 +362,17 @@ def test_the_report_names_no_folder_of_this_machine(folder, page):
     assert str(folder) not in visible
 
 
-def test_any_json_becomes_tables_with_intervals_and_errors():
-    value = {
-        "weights": "final",
-        "held_out": {
-            "all": {"reward_accuracy": 0.5, "reward_accuracy_95": [0.25, 0.75], "kl": 1.5,
-                    "kl_se": 0.125, "kl_quantiles": {"5%": 0.25}, "paired": True},
-            "by_length": {"short": {"pairs": 3, "kl": 1.0}, "long": {"pairs": 4}},
-        },
-        "rows": [{"task": "a", "acc": 0.25}, {"task": "b", "acc_se": None}],
-        "tables": {"base": "| a |\n| b |"},
-    }  # fmt: skip
-    tables = {table.title: table for table in json_tables(value)}
-    assert tables[""].rows == [("Weights", ["final"])]
-    assert tables["Held out: All"].rows == [
-        ("Reward accuracy", ["50.0% (25.0% to 75.0%)"]),
-        ("KL", ["1.5 \N{PLUS-MINUS SIGN} 0.125"]),
-        ("KL quantiles", ["5%: 0.25"]),
-        ("Paired", ["yes"]),
-    ]
-    assert tables["Held out: By length"].columns == ["short", "long"]
-    assert tables["Held out: By length"].rows == [("Pairs", ["3", "4"]), ("KL", ["1", ""])]
-    assert tables["Rows"].columns == ["Task", "Acc", "Acc se"]
-    assert tables["Tables: Base"].text == "| a |\n| b |"
-    assert list(json_tables({})) == []
+def test_the_report_shows_the_tables_that_evaluate_prints(tmp_path):
+    """Cell by cell, from the same figures."""
+    folder = fake_run(tmp_path / "run")
+    tables = list(evaluation_tables(json.loads((folder / "evaluation.json").read_text())))
+    page = write_report(folder).read_text()
+    shown = page.split('id="evaluation"')[1].split("</section>")[0]
+    cells = [cell for table in tables for row in table.rows for cell in row if cell]
+    assert len(cells) > 20
+    for cell in cells:
+        assert f">{cell.strip()}<" in shown
+    assert "87.5%" in str(tables[0])
 
 
 def two_runs(folder, **second):

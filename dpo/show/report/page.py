@@ -15,10 +15,10 @@ from typing import Any
 import yaml
 
 from dpo.config import UserError
+from dpo.show.evaluation_tables import evaluation_tables
 from dpo.show.report import comparison, digest, figures
 from dpo.show.report.charts import Chart, number
 from dpo.show.report.drawing import Drawing, draw
-from dpo.show.report.json_tables import json_tables, words
 from dpo.show.report.length_bias import length_rows
 from dpo.show.report.logs import read_logs
 
@@ -51,7 +51,7 @@ def write_report(run_folder: Path, output: Path | None = None) -> Path:
         scale_end=scale_end,
         sample_kinds=digest.samples_by_kind(run),
         length_rows=length_rows(run),
-        evaluation=list(json_tables(run.evaluation)),
+        evaluation=list(evaluation_tables(run.evaluation)),
         audits=digest.audits(run.data_report),
         changed=digest.changed_keys(run),
         config_text=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
@@ -93,7 +93,7 @@ def _render(template: str, charts: dict[str, list[Chart]], **context: Any) -> st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {"number": number, "words": words}
+    pages.filters["number"] = number
     pages.globals["TEXT_SHOWN"] = TEXT_SHOWN
     drawn: dict[str, list[Drawing]] = {
         place: [draw(chart, f"{place}-{i}") for i, chart in enumerate(wanted)]
