@@ -25,7 +25,7 @@ article: .venv/installed-dev
 
 # All tests but those that need a GPU (they are skipped without one).
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The report in Debian's Chromium, which is installed if it is not there: here its absence is a failure.
 test-browser: .venv/installed-dev

@@ -474,3 +474,18 @@ def test_the_report_draws_no_metric_that_a_run_does_not_log():
     tables = (digest._FIGURES, comparison._RESULTS, comparison._OVERLAID)
     shown = {row[0].partition("/")[2] for table in tables for row in table}
     assert drawn | shown <= logged
+
+
+def test_a_run_that_held_nothing_out_has_a_report(tmp_path):
+    """As the article's: its summary is {"before": {}, "after": {}}."""
+    folder = fake_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [json.dumps(line) + "\n" for line in lines if "train/loss" in line]
+    (folder / "metrics.jsonl").write_text("".join(trained))
+    (folder / "summary.json").write_text(json.dumps({"before": {}, "after": {}}))
+    (folder / "token_rewards.json").write_text("[]")
+    for name in ("held_out.jsonl", "samples.jsonl", "evaluation.json"):
+        (folder / name).unlink()
+    page = write_report(folder).read_text()
+    assert 'id="curves"' in page
+    assert 'id="result"' not in page

@@ -70,7 +70,7 @@ def read_logs(folder: Path) -> RunLogs:
     metrics = [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
     evaluations = [line for line in metrics if "eval/loss" in line]
     if not evaluations and (summary := _json(folder / "summary.json", {})):
-        evaluations = [summary["before"], summary["after"]]
+        evaluations = [line for line in (summary["before"], summary["after"]) if line]
     held_out = _lines(folder / "held_out.jsonl")
     header, config = folder / "header.txt", folder / "config.yaml"
     return RunLogs(
