@@ -289,6 +289,8 @@ class Config:
                 train.metric_for_best_model,
                 f"null or one of {', '.join(BEST_METRICS)}",
             )
+        if train.metric_for_best_model == "eval/kl" and self.reference.mode == "zero":
+            _refuse("reference.mode", "zero", "another, since eval/kl chooses the best model")
         if train.metric_for_best_model == "eval/kl" and not train.eval_prompts:
             _refuse("train.eval_prompts", 0, "at least 1, since eval/kl chooses the best model")
         if train.metric_for_best_model == "eval/exact_match" and not train.eval_exact_match:

@@ -36,10 +36,10 @@ class AdapterOff:
 
 
 class Frozen:
-    """A frozen copy of a policy that trains every weight."""
+    """A model of its own: the copy, or another loading, of a policy that trains every weight."""
 
     def __init__(self, model: nn.Module, layout: Literal["shared", "padded"]):
-        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.model = model.requires_grad_(False)
         self._scorer = Scorer(self.model, attention=layout)
 
     def __call__(self, stream: Stream) -> Float[Tensor, " scored"]:
@@ -86,4 +86,4 @@ def build_reference(
         return Zero()
     if mode == "adapter":
         return AdapterOff(scorer, policy)
-    return Frozen(policy.model, layout)
+    return Frozen(copy.deepcopy(policy.model), layout)

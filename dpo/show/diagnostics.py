@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 WINDOW = 10  # logged training steps that a finding looks back on: one step's pairs are few
+DISPLACEMENT = 0.05  # nats that the chosen answers lost, on average
 KL_PER_TOKEN = 0.5  # nats of KL per generated token; the quickstart's good runs stay below 0.1
 LENGTH_DRIFT = 0.2  # share by which the answers became longer or shorter
 RANKING_GAP = 0.25  # reward accuracy minus ranking accuracy,
@@ -42,20 +43,25 @@ class Finding:
         )
 
 
-def diagnose(lines: Iterable[Line]) -> list[Finding]:
-    """The findings of a whole run, from the lines of its metrics.jsonl."""
-    watch = Watch()
+def diagnose(lines: Iterable[Line], beta: float | None) -> list[Finding]:
+    """The findings of a whole run, from the lines of its metrics.jsonl; `beta` as for `Watch`."""
+    watch = Watch(beta)
     return [finding for line in lines for finding in watch.see(line)]
 
 
 class Watch:
-    """Looks at one line of metrics after the other; each finding comes once."""
+    """Looks at one line of metrics after the other; each finding comes once.
 
-    def __init__(self) -> None:
+    Args:
+        beta: of the run, to read rewards in nats; None if it had no reference, so that a reward is
+            no change of a log-prob.
+    """
+
+    def __init__(self, beta: float | None) -> None:
+        self._beta = beta
         self._recent: deque[Line] = deque(maxlen=WINDOW)
         self._before: Line = {}
         self._rankings: deque[float] = deque(maxlen=3)
-        self._has_reference = True
         self._found: set[str] = set()
 
     def see(self, line: Line) -> list[Finding]:
@@ -68,8 +74,6 @@ class Watch:
             elif self._before:
                 found += self._evaluation(line)
         elif "train/loss" in line:
-            if line["step"] == 1:  # where a policy that has a reference is that reference
-                self._has_reference = line["train/rewards/chosen"] == 0
             self._recent.append(line)
             if len(self._recent) == WINDOW:
                 found += self._training(int(line["step"]))
@@ -92,19 +96,20 @@ class Watch:
                 "Stop here, lower the learning rate, or look for pairs that are harder to tell "
                 "apart.",
             )
-        if not self._before and self._has_reference and reward < 0:
+        fall = -reward / self._beta if self._beta else 0.0
+        if not self._before and fall > DISPLACEMENT:
             yield Finding(
                 "displacement",
                 step,
-                f"Over {WINDOW} logged steps the chosen answers of the training pairs have a mean "
-                f"reward of {reward:.3f}: they are less likely than before training.",
+                f"Over {WINDOW} logged steps the chosen answers of the training pairs are "
+                f"{fall:.2f} nats less likely than before training.",
                 *_DISPLACEMENT,
             )
 
     def _evaluation(self, line: Line) -> Iterator[Finding]:
         before, step = self._before, int(line["step"])
         fall = before["eval/logps/chosen"] - line["eval/logps/chosen"]
-        if fall > 0:
+        if fall > DISPLACEMENT:
             yield Finding(
                 "displacement",
                 step,
@@ -126,10 +131,10 @@ class Watch:
                 "would still rather write those.",
                 "Train longer, lower beta, or first fine-tune on the chosen answers.",
             )
-        if "eval/kl" not in line:
+        if "eval/lengths/generated" not in line:
             return
         length, old_length = line["eval/lengths/generated"], before["eval/lengths/generated"]
-        if line["eval/kl"] > KL_PER_TOKEN * length:
+        if line.get("eval/kl", 0) > KL_PER_TOKEN * length:
             yield Finding(
                 "kl",
                 step,

@@ -24,7 +24,7 @@ from dpo.data.stream import Stream, TokenizedPair, build_stream
 from dpo.logps import sequence_logps
 from dpo.losses import LOSSES, PairLogps
 from dpo.metrics import METRICS, pair_metrics
-from dpo.model.reference import Reference
+from dpo.model.reference import Reference, Zero
 from dpo.show.finished import spread
 from dpo.show.samples import generate
 
@@ -99,8 +99,9 @@ class Evaluator:
         losses = LOSSES[loss.type](logps, **loss.options)
         means = pair_metrics(logps, losses, beta=loss.beta).mean(dim=1)
         metrics: dict[str, float] = dict(zip(METRICS, means.tolist(), strict=True))
-        if samples:
+        if samples and not isinstance(self.reference, Zero):  # else there is nothing to be far from
             metrics["kl"] = _mean(samples, "log_ratio")
+        if samples:
             metrics["lengths/generated"] = _mean(samples, "length")
         if samples and self.config.train.eval_exact_match:
             metrics["exact_match"] = _mean(samples, "is_right")

@@ -51,17 +51,19 @@ def length_controlled(
         P(win) = sigmoid(a + b tanh(difference / standard deviation of the differences)),
 
     read at difference 0: sigmoid(a). tanh, because ten times longer is not ten times better liked.
-    A weak ridge on a and b keeps them finite where length alone decides. It interpolates where some
-    differences are positive and some negative, and extrapolates where they are not. None: all
-    differences are the same number, not 0, so that length cannot be told from merit.
+    A weak ridge on a and b keeps them finite where length alone decides. None: one side is always
+    the longer one, so that length cannot be told from merit; to read the curve at 0 would be to
+    guess.
 
     Source: Dubois et al. 2024, arXiv:2404.04475 (AlpacaEval 2), without its difficulty per prompt.
     """
     wins = torch.as_tensor(np.asarray(outcomes, dtype=float))
     differences = torch.as_tensor(np.asarray(length_differences, dtype=float))
+    if not differences.any():
+        return float(wins.mean())
+    if differences.min() > 0 or differences.max() < 0:
+        return None
     deviation = differences.std(correction=0)
-    if deviation == 0:
-        return float(wins.mean()) if differences[0] == 0 else None
     x = torch.tanh(differences / deviation)
     a, b = (torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2))
     fit = torch.optim.LBFGS(

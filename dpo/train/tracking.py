@@ -38,13 +38,13 @@ _TABLE = (
 class Tracker:
     """Writes metrics; only the main process does, the others call in vain."""
 
-    def __init__(self, accelerator: Accelerator, folder: Path):
+    def __init__(self, accelerator: Accelerator, folder: Path, watch: Watch):
         self._accelerator = accelerator
         self._file, self._samples = folder / "metrics.jsonl", folder / "samples.jsonl"
         self._held_out = folder / "held_out.jsonl"
         self._bar: tqdm[Any] | None = None
         self._writer: SummaryWriter | None = None
-        self._watch = Watch()
+        self._watch = watch
 
     def rewind(self, start_step: int) -> None:
         """Forgets what was logged after the step that the run goes on from: it comes again."""

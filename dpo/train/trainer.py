@@ -28,6 +28,7 @@ from dpo.metrics import RunningMeans, pair_metrics
 from dpo.model.load import load_policy, load_tokenizer
 from dpo.model.reference import build_reference, choose_mode
 from dpo.model.scorer import Scorer
+from dpo.show.diagnostics import Watch
 from dpo.show.evaluate import Evaluator, pair_logps
 from dpo.show.report.page import write_report
 from dpo.show.token_rewards import pairs_to_show, token_rewards
@@ -108,7 +109,9 @@ class Run:
         self.best: float | None = None
         self.start_step = self._resume(resume_from) if resume_from else 0
         # Only now, when nothing can be wrong with the configuration any more, is anything written.
-        self.tracker = Tracker(accelerator, self.folder)
+        has_reference = self.reference_mode != "zero"
+        watch = Watch(config.loss.beta if has_reference else None)
+        self.tracker = Tracker(accelerator, self.folder, watch)
         if accelerator.is_main_process:
             checkpoints.prepare_run_folder(self.folder, resume_from)
             self.tracker.rewind(self.start_step)

@@ -10,7 +10,7 @@ import transformers
 
 from dpo.config import Config, UserError, resolve
 from dpo.data.stream import build_stream
-from dpo.model.load import load_policy, load_tokenizer, zero_dropouts
+from dpo.model.load import Policy, load_policy, load_tokenizer, zero_dropouts
 from dpo.model.reference import AdapterOff, Frozen, Zero, adapter_off, build_reference, choose_mode
 from dpo.model.scorer import Scorer
 from tests.models import tiny, with_lora
@@ -151,7 +151,7 @@ def test_an_adapter_folder_cannot_be_fully_fine_tuned(tmp_path):
 def test_a_frozen_reference_does_not_follow_the_policy():
     model = tiny()
     scorer = Scorer(model)
-    reference = Frozen(model, scorer.layout)
+    reference = build_reference("frozen", scorer, Policy(model), scorer.layout)
     before = reference(STREAM)
     assert torch.equal(before, scorer(STREAM).detach())
     with torch.no_grad():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo.config import resolve
+from dpo.config import UserError, resolve
 from dpo.model.reference import adapter_off
 from dpo.show.finished import spread
 from dpo.show.samples import generate
@@ -135,3 +135,20 @@ def test_samples_stand_side_by_side():
         "  after:  4",
         "  chosen: 4",
     ]
+
+
+def test_a_run_without_a_reference_has_no_kl(tmp_path):
+    """log pi alone is no distance; lengths of the answers are measured all the same."""
+    flags = ["--data.eval_fraction", 0.3, "--train.eval_prompts", 3, "--reference.mode", "zero"]
+    folder = run(config(tmp_path, *flags, "--train.max_steps", 1, "--train.eval_max_new_tokens", 4))
+    evaluations = [line for line in metrics(folder) if "eval/loss" in line]
+    assert len(evaluations) == 2
+    for line in evaluations:
+        assert "eval/kl" not in line
+        assert line["eval/lengths/generated"] > 0
+
+
+def test_kl_cannot_choose_the_best_weights_of_a_run_without_a_reference(tmp_path):
+    flags = ["--data.eval_fraction", 0.3, "--train.eval_prompts", 3, "--reference.mode", "zero"]
+    with pytest.raises(UserError, match=r"reference\.mode"):
+        config(tmp_path, *flags, "--train.metric_for_best_model", "eval/kl")

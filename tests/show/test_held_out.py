@@ -154,3 +154,11 @@ def test_one_source_is_no_group():
     assert "by_source" not in groups
     assert list(groups["by_length"]) == ["10 tokens"]
     assert list(groups["by_longer"]) == ["equally long"]
+
+
+@pytest.mark.parametrize("shift", [10, 50, 300, -10])
+def test_where_one_side_is_always_longer_nothing_is_said(shift):
+    """Read at equal lengths, the curve would be a guess: the ridge's, not the data's."""
+    generator = np.random.default_rng(0)
+    outcomes = (generator.random(200) < 0.9).astype(float)
+    assert length_controlled(outcomes, np.full(200, shift) + generator.random(200)) is None

@@ -117,7 +117,7 @@ def test_a_page_that_fetches_would_be_seen(browser, tmp_path):
         assert len(page.requests) == 2
 
 
-@pytest.mark.parametrize(("name", "at_least"), [("report", 18), ("comparison", 8)])
+@pytest.mark.parametrize(("name", "at_least"), [("report", 17), ("comparison", 8)])
 def test_every_chart_is_drawn(browser, pages, name, at_least):
     """Each has a path in a colour of the data, wider or higher than nothing."""
     with opened(browser, pages[name]) as page:

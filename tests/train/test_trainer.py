@@ -11,14 +11,23 @@ import pytest
 import torch
 import transformers
 
-from dpo.config import UserError
+from dpo.config import UserError, parse
 from dpo.data.stream import build_stream
 from dpo.model.load import load_policy, load_tokenizer
 from dpo.model.reference import AdapterOff
 from dpo.model.scorer import Scorer
 from dpo.train import trainer
 from dpo.train.trainer import Run
-from tests.train.runs import config, forget_accelerate, metrics, run, step_gradients, training
+from tests.train.runs import (
+    QUIET,
+    config,
+    forget_accelerate,
+    metrics,
+    rows_file,
+    run,
+    step_gradients,
+    training,
+)
 
 PACKAGED = "quickstart/model"
 
@@ -179,6 +188,43 @@ def test_two_processes_give_the_gradient_of_one_also_for_a_short_last_step(tmp_p
     expected = step_gradients(config(tmp_path, *flags, 16, rows=rows))
     for results in torch.load(output):
         assert_same_gradients(results, expected)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_evaluate_and_report_as_one(tmp_path):
+    """Five held-out pairs, three on one rank and two on the other: every figure, answer, token."""
+    held_out = rows_file(tmp_path, 5, "held_out.jsonl")
+    flags = ["--data.name_or_path", rows_file(tmp_path, 24), "--data.eval_path", held_out]
+    flags += [*QUIET, "--train.eval_prompts", 5, "--train.eval_max_new_tokens", 9]
+    flags += ["--train.eval_exact_match", "true", "--train.max_steps", 2, "--lora.dropout", 0]
+    flags += ["--train.write_report", "true", "--train.save_steps", 1]
+    size = "--train.per_device_train_batch_size"
+    one = [*map(str, flags), "--train.output_dir", str(tmp_path / "one"), size, "16"]
+    two = [*map(str, flags), "--train.output_dir", str(tmp_path / "two"), size, "8"]
+    run(parse(one))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    subprocess.run([*launch, "scripts/train.py", *two], check=True, timeout=120)
+
+    folders = tmp_path / "one", tmp_path / "two"
+    first, second = ([line for line in metrics(f) if "eval/loss" in line] for f in folders)
+    assert [line["step"] for line in first] == [line["step"] for line in second] == [0, 2]
+    for mine, theirs in zip(first, second, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+    assert first[0] != pytest.approx(first[1], abs=1e-5)  # that could fail
+    for name in ("held_out.jsonl", "samples.jsonl"):
+        lines, others = (
+            [json.loads(x) for x in (f / name).read_text().splitlines()] for f in folders
+        )
+        for mine, theirs in zip(lines, others, strict=True):
+            for key, value in mine.items():
+                numbers = key.endswith(("logps", "ratio"))
+                assert (pytest.approx(value, abs=1e-4) if numbers else value) == theirs[key], key
+    rewards, others = (json.loads((f / "token_rewards.json").read_text()) for f in folders)
+    for mine, theirs in zip(rewards, others, strict=True):
+        assert mine["row"] == theirs["row"]
+        assert mine["chosen"]["rewards"] == pytest.approx(theirs["chosen"]["rewards"], abs=1e-5)
+    assert all((folder / "report.html").exists() for folder in folders)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -121,6 +121,12 @@ def _held_out_verdict(run: RunLogs, before: Line, after: Line) -> str:
     if "eval/exact_match" in before and "eval/exact_match" in after:
         asked = sum(line["step"] == after["step"] for line in run.samples) or 1
         return _verdict_by_truth(run.evaluations, asked) + f" {ranks.capitalize()}{away}."
+    if not _has_reference(run):
+        ranked, was = after["eval/ranking_accuracy"], before["eval/ranking_accuracy"]
+        return (
+            f"Trained without a reference: the policy ranks {ranked:.1%} of {pairs or 'the'} "
+            f"held-out pairs as labelled, {was:.1%} before training."
+        )
     if abs(accuracy - 0.5) <= 2 * math.sqrt(0.25 / (pairs or 1)):
         return f"No clear sign that the preference was learned: {ranks}, and chance is 50%{away}."
     learned = "The policy learned the preference" if accuracy > 0.5 else "It learned the opposite"
@@ -148,7 +154,12 @@ def _differ(one: float, other: float, count: int) -> bool:
 
 def findings(run: RunLogs) -> list[Finding]:
     """What the metrics give away, and what the lengths of the answers do."""
-    return [*diagnose(run.metrics), *length_bias(run)]
+    beta = run.beta if _has_reference(run) else None
+    return [*diagnose(run.metrics, beta), *length_bias(run)]
+
+
+def _has_reference(run: RunLogs) -> bool:
+    return run.config.get("reference", {}).get("mode") != "zero"
 
 
 def token_pairs(run: RunLogs) -> tuple[list[Line], float]:
