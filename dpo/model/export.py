@@ -28,6 +28,7 @@ from dpo.model.load import adapter_settings, load_base
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
 RECORD = "merge.json"  # in a merged folder: what it is, and the sums of what was verified
+_KINDS = {"weights": str, "base": str, "dtype": str, "merged_from": dict, "files": dict}
 
 
 def base_path(model: ModelConfig) -> str:
@@ -193,10 +194,7 @@ def verified_files(output: Path, folder: Path, *, weights: str, base: str, dtype
     Raises:
         UserError: the folder holds no merge, another one than asked for, or a changed file.
     """
-    file = output / RECORD
-    if not file.exists():
-        raise UserError(f"--output: {output} exists and is no merge of this script. Name another.")
-    record = json.loads(file.read_text())
+    record = _read_record(output)
     asked = {"weights": weights, "base": base, "dtype": dtype}
     other = {key: record[key] for key in asked if asked[key] not in ("auto", record[key])}
     if other or record["merged_from"] != _sums(folder / weights, "*.safetensors"):
@@ -213,6 +211,23 @@ def verified_files(output: Path, folder: Path, *, weights: str, base: str, dtype
             "verified. Move the folder away and merge again."
         )
     return [*record["files"], RECORD]
+
+
+def _read_record(output: Path) -> dict[str, Any]:
+    file = output / RECORD
+    if not file.exists():
+        raise UserError(f"--output: {output} exists and is no merge of this script. Name another.")
+    try:
+        record = json.loads(file.read_text())
+        is_whole = all(isinstance(record[key], kind) for key, kind in _KINDS.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(
+            f"--output: {file} is broken, wanted what the merge wrote there. Move {output} away "
+            "and merge again."
+        )
+    return record
 
 
 def _sums(folder: Path, pattern: str) -> dict[str, str]:

@@ -44,9 +44,9 @@ class MergeError:
         mean, worst: absolute difference of a token's log-prob, nats.
         per_answer: mean absolute difference of an answer's log-prob, nats.
         effect: mean absolute difference that the adapter makes to a token, nats; 0 without one.
-        kept: share of the adapter's effect that the merged model has, by least squares over the
-            tokens: 1 for a right merge, 0 for the bare base. Added twice, a small adapter gives 2
-            (a large one less: log-probs end at 0). None without an effect.
+        kept: share of the adapter's effect that the merge added to its base, by least squares over
+            the tokens: 1 for a right merge, 0 for the base alone. Added twice, a small adapter
+            gives 2 (a large one less: log-probs end at 0). None without an effect.
     """
 
     mean: float
@@ -64,14 +64,20 @@ class MergeError:
 HEADER = f"  {'':12}{'token, mean':>14}{'token, worst':>14}{'answer, mean':>14}{'effect kept':>15}"
 
 
-def measure(policy: Scores, bare: Scores | None, merged: Scores) -> MergeError:
-    """The merged model against the policy; `bare` is the policy without its adapter, if any."""
+def measure(
+    policy: Scores, bare: Scores | None, merged: Scores, base: Scores | None = None
+) -> MergeError:
+    """The merged model against the policy; `bare` is the policy without its adapter, if any.
+
+    `base` is what the merge went into, where that is another model than `bare`: the difference of
+    the two is no effect of the adapter.
+    """
     worst = (merged.tokens - policy.tokens).abs().max().item()
     per_answer = (merged.answers - policy.answers).abs().mean().item()
     errors = merged.apart(policy), worst, per_answer
     if bare is None:
         return MergeError(*errors, effect=0.0, kept=None)
-    effect, moved = policy.tokens - bare.tokens, merged.tokens - bare.tokens
+    effect, moved = policy.tokens - bare.tokens, merged.tokens - (base or bare).tokens
     kept = (moved @ effect / (effect @ effect)).item() if effect.any() else None
     return MergeError(*errors, effect=effect.abs().mean().item(), kept=kept)
 
@@ -97,11 +103,19 @@ def allowed(effect: float, epsilon: float, apart: float) -> float:
     return max(1e-4 + 2.5 * epsilon + 3 * apart, share * effect)
 
 
-def refuse_wrong(error: MergeError, at_most: float, what: str) -> None:
+def refuse_wrong(error: MergeError, at_most: float, epsilon: float, what: str) -> None:
     """Stops at a model that is not the trained policy.
 
-    Where the error is at most twice the adapter's effect, the share of the effect is well measured,
-    and tells a wrong merge even if both are small.
+    The share of the effect tells a wrong merge where both are small. A right one is within 0.4 of
+    1, or as much further as rounding blurs it: 0.08 epsilon over the effect, the most measured on
+    the quickstart. So in bfloat16 a lost adapter is seen from an effect of 0.0015 nats per token
+    on, a doubled one from 0.0025, half of one from 0.01; below, rounding drowns them.
+
+    Args:
+        error: of the model.
+        at_most: the largest mean error that passes, nats per token.
+        epsilon: of the coarsest type of run and merge.
+        what: the model, in words.
 
     Raises:
         RuntimeError: with what was measured and what is allowed.
@@ -109,9 +123,11 @@ def refuse_wrong(error: MergeError, at_most: float, what: str) -> None:
     measured = f"{what}: the model is {error.mean:.3g} nats per token off the trained policy"
     if not error.mean <= at_most:  # nan is wrong too
         raise RuntimeError(f"{measured}, wanted at most {at_most:.3g}. It was not written.")
-    is_clear = error.kept is not None and error.mean <= 2 * error.effect
-    if is_clear and not 0.5 <= error.kept <= 1.5:  # type: ignore[operator]
+    if error.kept is None:
+        return
+    blurred = 0.4 + 0.08 * epsilon / error.effect
+    if not abs(error.kept - 1) <= blurred:
         raise RuntimeError(
             f"{measured} and has {error.kept:.0%} of the adapter's effect on it "
-            f"({error.effect:.3g} nats), wanted about 100%. It was not written."
+            f"({error.effect:.3g} nats), wanted 100% +- {blurred:.0%}. It was not written."
         )

@@ -38,7 +38,7 @@ from dpo.show.merge_error import (
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 BASES = ("auto", "dequantized", "16bit")
-_INT8_EPSILON = 1 / 127  # LLM.int8 rounds every activation to 8 bits
+_INT8_EPSILON = 2 / 127  # LLM.int8 rounds activations to 1/127 of a token's largest
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,22 @@ class Trained:
         scorer = Scorer(model, attention=self.layout)
         return score(scorer, self.pairs, self.config.train.tokens_per_microbatch)
 
-    def measure(self, model: nn.Module) -> MergeError:
-        """Another model against the policy."""
-        return measure(self.policy, self.bare, self.score(model))
+    def measure(self, model: nn.Module, base: Scores | None) -> MergeError:
+        """Another model against the policy; `base` as in `merge_error.measure`."""
+        return measure(self.policy, self.bare, self.score(model), base)
 
-    def allowed(self, dtype: torch.dtype, apart: float) -> float:
-        """The largest mean error of a merge of that type into a base that is so far apart."""
+    def epsilon(self, dtype: torch.dtype) -> float:
+        """Of the coarsest type of the run and of a merge of that type."""
         epsilons = [torch.finfo(kind).eps for kind in (self.dtype, dtype)]
         if self.config.model.quantization == "int8":
             epsilons.append(_INT8_EPSILON)
+        return max(epsilons)
+
+    def allowed(self, dtype: torch.dtype, base: Scores | None) -> float:
+        """The largest mean error of a merge of that type into that base."""
         effect = self.policy.apart(self.bare) if self.bare else 0.0
-        return allowed(effect, max(epsilons), apart)
+        apart = base.apart(self.bare) if base and self.bare else 0.0
+        return allowed(effect, self.epsilon(dtype), apart)
 
 
 def merge_run(
@@ -127,19 +132,21 @@ def merge_run(
     for which in reversed(bases):  # the one that is written comes last, and stays
         model = None
         gc.collect()  # models are full of cycles; the trained policy goes here, too
-        model, at_most = build_merged(trained, which, merged_dtype)
-        errors[which] = trained.measure(model)
+        model, base_scores = build_merged(trained, which, merged_dtype)
+        errors[which] = trained.measure(model, base_scores)
         say(errors[which].row(which))
-    refuse_wrong(errors[bases[0]], at_most, f"merged ({bases[0]} base)")
+    epsilon = trained.epsilon(merged_dtype)
+    at_most = trained.allowed(merged_dtype, base_scores)
+    refuse_wrong(errors[bases[0]], at_most, epsilon, f"merged ({bases[0]} base)")
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as aside:
         unfinished = Path(aside) / "merged"
         _save(trained, model, unfinished, max_shard_size)
         del model
         gc.collect()
-        errors["read back"] = trained.measure(_load_saved(trained, unfinished))
+        errors["read back"] = trained.measure(_load_saved(trained, unfinished), base_scores)
         say(errors["read back"].row("read back"))
         same = 1.05 * errors[bases[0]].mean + 1e-5  # but for a device that adds in another order
-        refuse_wrong(errors["read back"], same, "read back from the disk")
+        refuse_wrong(errors["read back"], same, epsilon, "read back from the disk")
         _describe(trained, unfinished, bases[0], _name(merged_dtype), errors)
         os.rename(unfinished, output)
     say(f"The merged model is in {output} ({bases[0]} base, {_name(merged_dtype)}), verified.")
@@ -209,17 +216,17 @@ def score_trained(folder: Path, weights: str, num_pairs: int) -> Trained:
     )
 
 
-def build_merged(trained: Trained, which: str, dtype: torch.dtype) -> tuple[PreTrainedModel, float]:
-    """The merged model, freshly loaded, in eval mode; and the mean error that it may have."""
+def build_merged(
+    trained: Trained, which: str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, Scores | None]:
+    """The merged model, freshly loaded, in eval mode; and its base's scores, if that is another."""
     if which == "trained":  # every weight: there is no adapter to merge
         model = _load_saved(trained, trained.weights)
         cast(model, trained.dtype, dtype)
-        return model, trained.allowed(dtype, apart=0.0)
+        return model, None
     base = load_merge_base(trained.config, which, dtype, trained.device).eval()
-    apart = 0.0
-    if which == "16bit" and trained.bare:
-        apart = trained.score(base).apart(trained.bare)
-    return merge_adapter(base, trained.weights, dtype), trained.allowed(dtype, apart)
+    scores = trained.score(base) if which == "16bit" else None
+    return merge_adapter(base, trained.weights, dtype), scores
 
 
 def _save(trained: Trained, model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:

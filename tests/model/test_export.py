@@ -221,6 +221,22 @@ def test_only_what_was_verified_is_pushed_again(tmp_path):
         verified_files(merged, run, **ASKED)
 
 
+@pytest.mark.parametrize("record", ["", "{", "{}", "[]", "null", '{"weights": "final"}', "\xff"])
+def test_a_broken_record_is_told_and_nothing_of_it_is_pushed(tmp_path, record):
+    run, merged = merged_folder(tmp_path)
+    (merged / RECORD).write_bytes(record.encode("latin-1"))
+    with pytest.raises(UserError, match=r"merge\.json is broken.* Move .* away and merge again"):
+        verified_files(merged, run, **ASKED)
+
+
+def test_a_record_whose_files_are_no_sums_is_broken(tmp_path):
+    run, merged = merged_folder(tmp_path)
+    record = json.loads((merged / RECORD).read_text())
+    (merged / RECORD).write_text(json.dumps(record | {"files": ["config.json"]}))
+    with pytest.raises(UserError, match=r"merge\.json is broken"):
+        verified_files(merged, run, **ASKED)
+
+
 def test_a_merge_of_weights_that_were_trained_on_since_is_not_pushed(tmp_path):
     run, merged = merged_folder(tmp_path)
     (run / "final" / "adapter_model.safetensors").write_bytes(b"trained further")

@@ -10,7 +10,7 @@ from tests.show.fake_run import fake_run
 
 
 def test_a_run_without_a_reference_is_judged_by_its_own_log_probs(tmp_path):
-    """Its reward accuracy is a ranking accuracy, and was low before training as well: no opposite."""
+    """Its reward accuracy is a ranking accuracy, and was low before training: no opposite."""
     folder = fake_run(tmp_path / "run", exact_match=False)
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     settings["reference"] = {"mode": "zero"}
