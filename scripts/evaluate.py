@@ -1,5 +1,8 @@
 r"""Measures a finished run: held-out pairs, win rate by a judge, lm-eval; base beside policy.
 
+Parts of the JSON file that an earlier call measured of the same weights stay until measured anew,
+and judged.jsonl with its win rate.
+
 python scripts/evaluate.py runs/quickstart --judge exact_match
 python scripts/evaluate.py RUN --judge https://api.openai.com/v1 --judge_model MODEL
 python scripts/evaluate.py RUN --lm_eval open_llm_leaderboard        # the article's six tasks
@@ -7,6 +10,7 @@ python scripts/evaluate.py RUN --lm_eval my_task --include_path FOLDER_OF_ITS_YA
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from dpo.config import run
@@ -20,14 +24,14 @@ def main() -> None:
     )
     add = parser.add_argument
     add("run", type=Path, help="run folder")
-    add("--weights", default="final", help="final, best or checkpoint-N")
+    add("--weights", help="final, best or checkpoint-N")
     add("--data_path", help="other pairs than the held-out ones: a file in any known format")
-    add("--data_format", default="auto", help="their format, as data.format in training")
-    add("--prompts", type=int, default=200, help="held-out prompts to answer: for KL and judge")
+    add("--data_format", help="their format, as data.format in training")
+    add("--prompts", type=int, help="held-out prompts to answer: for KL and judge")
     add("--max_new_tokens", type=int, help="longest answer; the run's train.eval_max_new_tokens")
-    add("--temperature", type=float, default=0.0, help="of the judged answers; 0 is greedy")
-    add("--top_p", type=float, default=1.0)
-    add("--seed", type=int, default=0)
+    add("--temperature", type=float, help="of the judged answers; 0 is greedy")
+    add("--top_p", type=float, help="of the judged answers")
+    add("--seed", type=int)
     add(
         "--judge", help="exact_match, MODULE:FUNCTION (prompt, policy, base, chosen -> 0..1) or URL"
     )
@@ -35,8 +39,9 @@ def main() -> None:
     add("--lm_eval", help="open_llm_leaderboard, or names of lm-eval tasks, by commas")
     add("--include_path", type=Path, help="folder with the YAML of lm-eval tasks of your own")
     add("--limit", type=int, help="documents of each lm-eval task; for trying out")
-    add("--batch_size", type=int, default=16, help="answers written, or documents scored, at once")
+    add("--batch_size", type=int, help="answers written, or documents scored, at once")
     add("--output", type=Path, help="JSON file, RUN/evaluation.json; judged.jsonl goes beside it")
+    parser.set_defaults(**asdict(Options()))
     options = vars(parser.parse_args())
     folder = options.pop("run")
     for text in evaluate_run(folder, Options(**options)):

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dpo.data.chat import choose_template, stop_ids
 from dpo.data.formats import IM_START, Message
 from dpo.model.load import load_base, load_tokenizer
 from dpo.show.finished import FinishedRun
+from dpo.show.output import check_output
 from dpo.show.prompts import Prompt, opening
 from dpo.show.samples import Sampling, generate
 
@@ -38,15 +40,15 @@ def check_request(
 
     Raises:
         UserError: a conversation with prompts, a file or several seeds; an output file that is
-            there already, or whose folder is not; no batch size.
+            there already, or cannot be written; no batch size.
     """
     too_much = {"prompts": has_prompts, "--output": output, "more than one of --seeds": seeds[1:]}
     for what in (name for name, given in too_much.items() if is_chat and given):
         raise UserError(f"--chat: got {what} as well, but a conversation is typed. Leave one out.")
     if output and output.exists():
         raise UserError(f"--output: {output} exists already. Name a new file.")
-    if output and not output.parent.is_dir():
-        raise UserError(f"--output: there is no folder {output.parent}. Make it, or name another.")
+    if output:
+        check_output(output)
     if batch_size < 1:
         raise UserError(f"--batch_size: got {batch_size}, wanted 1 or more.")
 
@@ -208,9 +210,13 @@ def answers(
 
 
 def write_answers(file: Path, records: Iterator[dict[str, Any]], total: int) -> None:
-    """Writes each record as a line of JSON as soon as it is there, behind a bar on a terminal."""
+    """Writes each record as a line of JSON as soon as it is there, behind a bar on a terminal.
+
+    No file is left by prompts that cannot be answered: the first record comes before it.
+    """
+    first = next(records)
     with file.open("x", encoding="utf-8") as lines:
-        for record in tqdm(records, total=total, unit="answer", disable=None):
+        for record in tqdm(chain([first], records), total=total, unit="answer", disable=None):
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
             lines.flush()
 

@@ -5,6 +5,7 @@ is the reference, unless the run had none; then rewards are the policy's own log
 in training, and the KL is that to the model before training.
 """
 
+import hashlib
 import json
 import platform
 from collections.abc import Iterator
@@ -35,7 +36,18 @@ from dpo.show.judges import (
     load_judge,
     win_rate_figures,
 )
+from dpo.show.output import check_output
 from dpo.show.samples import Sampling, generate
+
+_PARTS = ("held_out", "win_rate", "lm_eval")
+_NEEDS = {
+    "data_format": "data_path",
+    "judge_model": "judge",
+    "temperature": "judge",
+    "top_p": "judge",
+    "include_path": "lm_eval",
+    "limit": "lm_eval",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +71,27 @@ class Options:
     output: Path | None = None
 
     def check(self) -> None:
-        """Refuses numbers that mean nothing."""
+        """Refuses numbers that mean nothing, and options that would do nothing."""
         for name in ("prompts", "max_new_tokens", "limit", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name}: got {value}, wanted 1 or more.")
         Sampling(temperature=self.temperature, top_p=self.top_p)
+        for name, needed in _NEEDS.items():
+            value = getattr(self, name)
+            if value != getattr(Options, name) and not getattr(self, needed):
+                raise UserError(
+                    f"--{name}: got {value}, which does nothing without --{needed}. Leave it out, "
+                    f"or give --{needed}."
+                )
 
 
 def evaluate_run(folder: Path, options: Options) -> Iterator[str]:
     """Measures, part by part; after each writes all figures so far, and yields what to print.
+
+    The file keeps the parts that an earlier call measured of the same weights and that this one
+    does not; so each part carries its own options and versions. A figure that is not finite does
+    not lose the others: it is written as NaN or Infinity, which Python reads and strict JSON lacks.
 
     Raises:
         UserError: an option that cannot be honoured, or no pairs to measure on.
@@ -77,8 +100,7 @@ def evaluate_run(folder: Path, options: Options) -> Iterator[str]:
     options.check()
     read_run(folder)
     output = options.output or folder / "evaluation.json"
-    if not output.parent.is_dir():
-        raise UserError(f"--output: {output.parent} is no folder. Name a file in one that exists.")
+    check_output(output)
     judge = load_judge(options.judge, options.judge_model) if options.judge else None
     names = [name.strip() for name in (options.lm_eval or "").split(",") if name.strip()]
     tasks = load_tasks(names, options.include_path) if names else []
@@ -101,17 +123,51 @@ def evaluate_run(folder: Path, options: Options) -> Iterator[str]:
             size, limit = options.batch_size, options.limit
             yield {"lm_eval": run_harness(run, tasks, batch_size=size, limit=limit)}
 
-    report: dict[str, Any] = {
-        "run": str(folder),
-        "weights": options.weights,
+    about = {"run": str(folder), "weights": options.weights, "sha256": _sums(run.weights)}
+    how = {
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
         "versions": _versions(bool(tasks)),
     }
-    for part in measured():
-        report |= part
-        output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    yield from _written(output, about, how, measured())
+
+
+def _written(
+    output: Path, about: dict[str, Any], how: dict[str, Any], measured: Iterator[dict[str, Any]]
+) -> Iterator[str]:
+    """Writes the file after each part that is measured; yields its tables, at last what is kept."""
+    was_there, earlier, now = output.exists(), _parts_of(output, about["sha256"]), {}
+    for part in measured:
+        now |= {name: figures | how for name, figures in part.items()}
+        output.write_text(json.dumps(about | earlier | now, indent=1) + "\n")
         yield from map(str, evaluation_tables(part))
     yield f"All figures are in {output}."
+    if kept := [name for name in earlier if name not in now]:
+        yield f"Of an earlier call: {', '.join(kept)}."
+    if anew := [name for name in earlier if name in now]:
+        yield f"Measured anew, in place of an earlier call's: {', '.join(anew)}."
+    if was_there and not earlier:
+        yield "What it held before was not measured on these weights, and is replaced."
+    not_finite: list[str] = []
+    json.loads(output.read_text(), parse_constant=not_finite.append)
+    if not_finite:
+        yield f"Not finite: {len(not_finite)} of them. Strict readers of JSON refuse the file."
+
+
+def _sums(weights: Path) -> dict[str, str]:
+    sums = {}
+    for path in sorted(weights.glob("*.safetensors")):
+        with path.open("rb") as file:
+            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _parts_of(output: Path, sums: dict[str, str]) -> dict[str, Any]:
+    """What an earlier call measured, if it measured the same weights."""
+    try:
+        old = json.loads(output.read_text())
+        return {name: old[name] for name in _PARTS if name in old} if old["sha256"] == sums else {}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or of something else
+        return {}
 
 
 def _pairs(run: FinishedRun, options: Options) -> tuple[Pairs, str]:
@@ -225,7 +281,9 @@ def measure_win_rate(
         for i, by_base, by_policy in zip(chosen, base, policy, strict=True)
     ]
     figures: dict[str, Any] = {"judge": options.judge, "judged_answers": str(file)}
-    figures |= win_rate_figures(answers, judge_all(judge, answers, file))
+    unfinished = file.with_suffix(".part")  # what was judged before stays until all is judged now
+    figures |= win_rate_figures(answers, judge_all(judge, answers, unfinished))
+    unfinished.replace(file)
     for side, written in (("base", base), ("policy", policy)):
         figures[f"cut_{side}"] = sum(ids[-1] not in how["stop_ids"] for ids in written)
         if options.judge == "exact_match":

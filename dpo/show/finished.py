@@ -50,8 +50,10 @@ class FinishedRun:
     def __init__(self, folder: Path, weights: str = "final"):
         self.folder, self.config = folder, read_run(folder)
         self.weights = folder / weights
-        if not list(self.weights.glob("*.safetensors")):
-            there = sorted(path.parent.name for path in folder.glob("*/*.safetensors"))
+        is_lora = self.config.model.adapter == "lora"
+        trained = "adapter_model.safetensors" if is_lora else "model*.safetensors"
+        if not list(self.weights.glob(trained)):
+            there = sorted({path.parent.name for path in folder.glob(f"*/{trained}")})
             raise UserError(
                 f"{self.weights} holds no weights: wanted one of {', '.join(there)} of {folder}."
             )

@@ -187,11 +187,15 @@ def load_judge(name: str, model: str | None = None) -> FunctionJudge | EndpointJ
     """The judge that `--judge` and `--judge_model` mean.
 
     Raises:
-        UserError: no such judge, module or function, or an endpoint without a model.
+        UserError: no such judge, module or function, an endpoint without a model, or a model
+            without an endpoint.
     """
+    is_url = name.startswith(("http://", "https://"))
+    if model and not is_url:
+        raise UserError(f"--judge_model: got {model}, but {name} asks no server. Leave it out.")
     if name == "exact_match":
         return FunctionJudge(name, exact_match)
-    if name.startswith(("http://", "https://")):
+    if is_url:
         if not model:
             raise UserError(f"--judge_model: wanted the model that {name} is to judge with.")
         if "@" in urlsplit(name).netloc:
@@ -203,14 +207,17 @@ def load_judge(name: str, model: str | None = None) -> FunctionJudge | EndpointJ
             f"--judge: got {name!r}, wanted exact_match, MODULE:FUNCTION or the URL of an "
             "OpenAI-compatible server."
         )
-    sys.path.insert(0, os.getcwd())
+    here = os.getcwd()
+    sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise UserError(
             f"--judge {name}: {error}. Give a module in the current folder or installed, and a "
             "function in it."
         ) from None
+    finally:
+        sys.path.remove(here)
     if not callable(function):
         raise UserError(f"--judge {name}: got a {type(function).__name__}, wanted a function.")
     return FunctionJudge(name, function)

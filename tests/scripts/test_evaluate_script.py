@@ -2,15 +2,20 @@
 
 import json
 import os
+import runpy
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from dpo.config import DataSource, UserError
+from dpo.config import DataSource, UserError, save
+from dpo.show import evaluation
 from dpo.show.evaluation import (
     Options,
     before_training,
@@ -125,9 +130,103 @@ def test_exact_match_and_everything_that_is_written(lora, tmp_path):
     assert win_rate["win_rate"] == np.mean([line["verdict"] for line in lines])
     assert all(line["prompt"].endswith("<|im_start|>assistant\n") for line in lines)
     assert report["weights"] == "final"
-    assert report["options"]["prompts"] == 5
+    assert win_rate["options"]["prompts"] == 5
     for said in ("reward accuracy", "KL to the reference", "by group", "answers right"):
         assert said in printed
+
+
+def test_parts_of_an_earlier_call_stay_until_measured_anew(lora, tmp_path):
+    """Of the same weights only; each with the options of its own call."""
+    output = tmp_path / "evaluation.json"
+    _, judged = report_of(lora, judge="exact_match", prompts=4, output=output)
+    printed, both = report_of(lora, prompts=2, output=output)
+    assert "Of an earlier call: win_rate." in printed
+    assert "in place of an earlier call's: held_out." in printed
+    assert both["win_rate"] == judged["win_rate"]
+    assert [both[part]["options"]["prompts"] for part in ("win_rate", "held_out")] == [4, 2]
+
+    other = tmp_path / "other"
+    shutil.copytree(lora, other)
+    assert "win_rate" in report_of(other, prompts=2, output=output)[1]  # the same weights
+    weights = other / "final" / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+    printed, anew = report_of(other, prompts=2, output=output)
+    assert "win_rate" not in anew
+    assert "not measured on these weights, and is replaced" in printed
+    output.write_text("[1]")
+    assert "held_out" in report_of(other, prompts=2, output=output)[1]
+
+
+def test_a_judge_that_fails_leaves_what_another_has_judged(lora, tmp_path, monkeypatch):
+    output, judged = tmp_path / "evaluation.json", tmp_path / "judged.jsonl"
+    _, before = report_of(lora, judge="exact_match", prompts=2, output=output)
+    lines = judged.read_text()
+    (tmp_path / "broken.py").write_text("def judge(prompt, policy, base, chosen):\n    return 7\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="got 7"):
+        report_of(lora, judge="broken:judge", prompts=2, output=output)
+    assert judged.read_text() == lines
+    assert json.loads(output.read_text())["win_rate"] == before["win_rate"]
+
+
+def test_a_figure_that_is_not_finite_does_not_lose_the_others(lora, tmp_path, monkeypatch):
+    output = tmp_path / "evaluation.json"
+    printed, _ = report_of(lora, prompts=2, output=output)
+    assert "Not finite" not in printed
+    measured = measure_pairs
+
+    def infinite(*arguments):
+        figures = measured(*arguments)
+        figures["all"]["kl"] = -np.inf
+        return figures
+
+    monkeypatch.setattr(evaluation, "measure_pairs", infinite)
+    printed, report = report_of(lora, prompts=2, output=output)
+    assert "Not finite: 1 of them." in printed
+    assert report["held_out"]["all"]["kl"] == -np.inf
+    assert report["held_out"]["all"]["reward_margin"] != 0
+
+
+@pytest.mark.parametrize(
+    ("adapter", "trained"),
+    [
+        ("lora", ["adapter_model.safetensors"]),
+        ("none", ["model.safetensors"]),
+        ("none", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
+    ],
+)
+def test_only_folders_with_trained_weights_are_offered(adapter, trained, tmp_path):
+    """Not the merge of an adapter, nor an adapter beside whole models; each folder once."""
+    settings = config(tmp_path, "--model.adapter", adapter, "--optim.name", "adamw")
+    other = "model.safetensors" if adapter == "lora" else "adapter_model.safetensors"
+    for name in [*(f"best/{file}" for file in trained), f"merged/{other}"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "final").mkdir()
+    save(settings, tmp_path / "config.yaml")
+    with pytest.raises(
+        UserError, match=rf"merged holds no weights: wanted one of best of {tmp_path}"
+    ):
+        FinishedRun(tmp_path, "merged")
+
+
+def test_the_script_has_the_defaults_of_options(monkeypatch, tmp_path):
+    """Also when they change: they are written down once."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Changed(Options):
+        weights: str = "best"
+        prompts: int = 7
+        top_p: float = 0.5
+
+    def record(folder, options):
+        assert options == Changed()
+        return iter(["measured"])
+
+    monkeypatch.setattr(evaluation, "Options", Changed)
+    monkeypatch.setattr(evaluation, "evaluate_run", record)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path)])
+    runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")
 
 
 def test_both_sides_answer_with_the_same_luck(tmp_path, monkeypatch):
@@ -173,22 +272,36 @@ def test_lm_eval_alone_needs_no_held_out_pairs(tmp_path):
     assert "held_out" not in report
     assert report["lm_eval"]["rows"][0]["documents"] == 3
     assert "lm-eval, policy:" in printed
-    assert report["versions"]["lm_eval"]
+    assert report["lm_eval"]["versions"]["lm_eval"]
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"weights": "checkpoint-7"}, "holds no weights: wanted one of final"),
+        ({"judge_model": "m"}, "--judge_model: got m, which does nothing without --judge"),
+        ({"judge_model": "m", "judge": "exact_match"}, "got m, but exact_match asks no server"),
+        ({"temperature": 0.5}, "--temperature: got 0.5, which does nothing without --judge"),
+        ({"top_p": 0.9}, "--top_p: got 0.9, which does nothing without --judge"),
+        ({"limit": 3}, "--limit: got 3, which does nothing without --lm_eval"),
+        ({"include_path": Path(".")}, "--include_path: got ., which does nothing without --lm"),
+        ({"include_path": Path("no/such"), "lm_eval": "t"}, "no/such is not a folder"),
+        ({"data_format": "orca"}, "--data_format: got orca, which does nothing without --data_p"),
+        ({"output": Path("/tmp")}, "--output: /tmp cannot be written (Is a directory)"),
+        ({"output": Path("/proc/x.json")}, "--output: /proc/x.json cannot be written"),
         ({"prompts": 0}, "--prompts: got 0"),
         ({"top_p": 0.0}, "--top_p: got 0"),
         ({"temperature": -1.0}, "--temperature: got -1"),
         ({"judge": "exact"}, "wanted exact_match"),
         ({"data_path": "no/such.jsonl"}, "no/such.jsonl does not exist"),
-        ({"output": Path("no/such/folder.json")}, "--output: no/such is no folder"),
+        (
+            {"output": Path("no/such/folder.json")},
+            "--output: no/such/folder.json cannot be written",
+        ),
     ],
 )
-def test_what_cannot_be_honoured_is_a_user_error(lora, options, said):
+def test_what_cannot_be_honoured_is_a_user_error(lora, options, said, monkeypatch):
+    monkeypatch.setattr(evaluation, "measure_pairs", None)  # refused before anything is measured
     with pytest.raises(UserError) as error:
         list(evaluate_run(lora, Options(**options)))
     assert said in str(error.value)

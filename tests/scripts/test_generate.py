@@ -229,7 +229,8 @@ def test_a_bad_line_is_refused_by_file_and_line(name, content, said, tmp_path):
         (["RUN", "a", "--temperature", -1], "--temperature: got -1.0, wanted 0"),
         (["RUN", "a", "--batch_size", 0], "--batch_size: got 0"),
         (["RUN", "a", "--output", SCRIPT], "generate.py exists already"),
-        (["RUN", "a", "--output", "no/such/a.jsonl"], "there is no folder no/such"),
+        (["RUN", "a", "--output", "no/such/a.jsonl"], "no/such/a.jsonl cannot be written"),
+        (["RUN", "a", "--output", "/proc/a.jsonl"], "--output: /proc/a.jsonl cannot be written"),
         (["RUN", "a", "--weights", "best"], "best holds no weights: wanted one of checkpoint-2"),
         (["RUN", "\udcff"], "prompt 1: not UTF-8"),
         (["RUN", "a " * 3000], "prompt 1 ('a a a"),
@@ -247,6 +248,15 @@ def test_a_wrong_request_is_one_message_and_exit_code_2(arguments, said, lora, m
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert said in err
+
+
+def test_a_refused_prompt_leaves_no_file_that_would_stop_the_next_try(lora, tmp_path, monkeypatch):
+    output = tmp_path / "answers.jsonl"
+    common = [lora, "--side", "policy", *SHORT, "--output", output]
+    assert call(monkeypatch, *common, WORDS, "a " * 3000) == 2
+    assert not any(tmp_path.iterdir())
+    assert call(monkeypatch, *common, WORDS, OTHER) == 0
+    assert [line["prompt"] for line in lines(output)] == [WORDS, OTHER]
 
 
 def test_a_literal_control_token_in_a_prompt_stays_text(lora):

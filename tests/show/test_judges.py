@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import threading
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -224,6 +225,29 @@ def test_a_function_of_the_current_folder_is_a_judge(tmp_path, monkeypatch):
     for name, said in [("my_judge:nothing", "no attribute"), ("my_judge:NUMBER", "got a int")]:
         with pytest.raises(UserError, match=said):
             load_judge(name)
+
+
+def test_a_judge_of_the_current_folder_leaves_the_search_path_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "judge_in_passing.py").write_text("def tie(*_):\n    return 0.5\n")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    load_judge("judge_in_passing:tie")
+    with pytest.raises(UserError):
+        load_judge("no_such_module:judge")
+    assert sys.path == before
+
+
+def test_a_judge_with_a_syntax_error_is_a_user_error(tmp_path, monkeypatch):
+    (tmp_path / "misspelt_judge.py").write_text("def judge(:\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"invalid syntax \(misspelt_judge.py, line 1\)"):
+        load_judge("misspelt_judge:judge")
+
+
+def test_a_model_for_a_judge_that_asks_no_server_is_refused():
+    for name in ("exact_match", "my_judge:shorter"):
+        with pytest.raises(UserError, match=f"got judge-1, but {name} asks no server"):
+            load_judge(name, "judge-1")
 
 
 @pytest.mark.parametrize(

@@ -354,8 +354,8 @@ def test_margins_before_training_are_drawn_where_there_was_no_reference(tmp_path
     assert [len(chart.series) for chart in held_out_charts(read_logs(tmp_path))] == [1, 1, 2]
 
 
-def test_the_report_names_no_folder_of_this_machine(folder, page):
-    """The report may be passed on: of the rows' file two names stay, of the run its own."""
+def test_only_configuration_and_evaluation_may_name_a_folder_of_this_machine(folder, page):
+    """They say what was asked for; else, of the rows' file two names stay, of the run its own."""
     assert "a/b.jsonl: text" in page
     assert "/home/me" not in page
     visible = page[: page.index('<section id="configuration"')]
@@ -437,6 +437,35 @@ def test_what_holds_no_run_is_refused(tmp_path):
         write_report(tmp_path / "absent")
     with pytest.raises(UserError, match=r"wanted two or more"):
         write_comparison([fake_run(tmp_path / "a")], tmp_path / "c.html")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n', "metrics.jsonl, line 2 is broken"),
+        ("metrics.jsonl", "5\n", "line 1 is broken: got a int, wanted a dict"),
+        ("metrics.jsonl", b"\xff\n", "metrics.jsonl cannot be read: 'utf-8' codec"),
+        ("held_out.jsonl", "{}\n{\n", "held_out.jsonl, line 2 is broken"),
+        ("evaluation.json", '{"run": ', "evaluation.json is broken: Expecting value"),
+        ("evaluation.json", "[]", "evaluation.json is broken: got a list, wanted a dict"),
+        ("config.yaml", "model: [", "config.yaml is broken: while parsing"),
+        ("config.yaml", "loss:\nbeta: 1\n", "config.yaml is broken: wanted sections"),
+    ],
+)
+def test_a_broken_file_is_a_user_error_that_names_it(file, content, said, tmp_path):
+    fake_run(tmp_path)
+    content = content.encode() if isinstance(content, str) else content
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        write_report(tmp_path)
+    assert said in str(error.value)
+    assert str(tmp_path / file) in str(error.value)
+
+
+@pytest.mark.parametrize("output", ["/tmp", "/proc/report.html", "/proc/no/report.html"])
+def test_a_page_that_cannot_be_written_is_a_user_error(output, folder):
+    with pytest.raises(UserError, match=f"{output}.* cannot be written"):
+        write_report(folder, Path(output))
 
 
 def script(*arguments):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,42 +61,60 @@ def read_logs(folder: Path) -> RunLogs:
     """Reads a run folder.
 
     Raises:
-        UserError: it holds neither metrics nor a configuration.
+        UserError: it holds neither metrics nor a configuration, or a file in it is broken.
     """
     if not any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml")):
         raise UserError(
             f"{folder}: got no metrics.jsonl and no config.yaml there, wanted a run folder. "
             "Name the train.output_dir of a run."
         )
-    metrics = [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
-    evaluations = [line for line in metrics if "eval/loss" in line]
-    if not evaluations and (summary := _json(folder / "summary.json", {})):
-        evaluations = [line for line in (summary["before"], summary["after"]) if line]
-    held_out = _lines(folder / "held_out.jsonl")
-    header, config = folder / "header.txt", folder / "config.yaml"
+    metrics = _lines(folder / "metrics.jsonl")
     return RunLogs(
         name=folder.resolve().name,
-        config=yaml.safe_load(config.read_text("utf-8")) if config.exists() else {},
+        config=_whole(folder / "config.yaml", {}, _sections),
         metrics=metrics,
-        evaluations=evaluations,
-        samples=[json.loads(line) for line in _lines(folder / "samples.jsonl")],
-        held_out=[json.loads(held_out[i]) for i in (0, -1)] if held_out else [],
-        token_rewards=_json(folder / "token_rewards.json", []),
-        data_report=_json(folder / "data_report.json", {}),
-        evaluation=_without_path(_json(folder / "evaluation.json", {})),
-        header=header.read_text("utf-8") if header.exists() else "",
+        evaluations=[line for line in metrics if "eval/loss" in line],
+        samples=_lines(folder / "samples.jsonl"),
+        held_out=_lines(folder / "held_out.jsonl", ends=True),
+        token_rewards=_whole(folder / "token_rewards.json", []),
+        data_report=_whole(folder / "data_report.json", {}),
+        evaluation=_whole(folder / "evaluation.json", {}),
+        header=_text(folder / "header.txt"),
     )
 
 
-def _lines(file: Path) -> list[str]:
-    """Without a last one that was cut off in the writing. Split at newlines only: text has more."""
-    return file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
+def _lines(file: Path, *, ends: bool = False) -> list[Line]:
+    """All, or the first and the last, without one at the end that was cut off in the writing."""
+    lines = list(enumerate(_text(file).split("\n")[:-1], start=1))  # text has other line ends too
+    lines = [*lines[:1], *lines[-1:]] if ends else lines
+    return [_parse(line, f"{file}, line {number}", {}) for number, line in lines]
 
 
-def _json(file: Path, missing: Any) -> Any:
-    return json.loads(file.read_text("utf-8")) if file.exists() else missing
+def _whole(file: Path, missing: Any, read: Callable[[str], Any] = json.loads) -> Any:
+    return _parse(_text(file), str(file), missing, read) if file.exists() else missing
 
 
-def _without_path(evaluation: Line) -> Line:
-    """The report may be passed on; where the run lay is nobody's business."""
-    return {key: value for key, value in evaluation.items() if key != "run"}
+def _text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8") if file.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}. Restore it, or move it away.") from None
+
+
+def _sections(text: str) -> dict[str, dict[str, Any]]:
+    config = yaml.safe_load(text)
+    if isinstance(config, dict) and all(isinstance(keys, dict) for keys in config.values()):
+        return config
+    raise ValueError("wanted sections, with keys indented below them")
+
+
+def _parse(text: str, where: str, like: Any, read: Callable[[str], Any] = json.loads) -> Any:
+    """What `text` holds; it must be of the type of `like`."""
+    try:
+        value = read(text)
+        if isinstance(value, type(like)):
+            return value
+        problem = f"got a {type(value).__name__}, wanted a {type(like).__name__}"
+    except (ValueError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())
+    raise UserError(f"{where} is broken: {problem}. Restore it, or move the file away.")

@@ -30,7 +30,7 @@ def write_report(run_folder: Path, output: Path | None = None) -> Path:
     """Writes the report of a run, by default as `report.html` into its folder; returns its path.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder holds no run, a file in it is broken, or the page cannot be written.
     """
     run = read_logs(run_folder)
     charts = {
@@ -63,7 +63,7 @@ def write_comparison(run_folders: Sequence[Path], output: Path) -> Path:
     """Writes one page that puts several runs beside each other; returns its path.
 
     Raises:
-        UserError: a folder holds no run, or there are fewer than two.
+        UserError: as `write_report`, or there are fewer than two runs.
     """
     if len(run_folders) < 2:
         raise UserError(f"got {len(run_folders)} run to compare, wanted two or more. Name them.")
@@ -105,6 +105,12 @@ def _render(template: str, charts: dict[str, list[Chart]], **context: Any) -> st
 
 def _write(file: Path, page: str) -> Path:
     """Half of a surrogate pair, which a model can write and UTF-8 cannot, becomes a reference."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be written ({error.strerror}). Name another file in --output of "
+            "scripts/report.py."
+        ) from None
     return file
