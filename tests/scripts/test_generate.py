@@ -7,6 +7,7 @@ import pty
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -284,6 +285,8 @@ def in_terminal(script_arguments, typed, end):
         except OSError:  # Linux: the other end is closed
             break
         if seen.endswith(b"you: "):
+            # Python loses a Ctrl-C that comes after the prompt is shown and before it waits for keys.
+            time.sleep(0 if waiting else 1)
             os.write(terminal, waiting.pop(0) if waiting else end)
             seen += b"<typed>"
     os.close(terminal)
