@@ -285,7 +285,7 @@ def in_terminal(script_arguments, typed, end):
         except OSError:  # Linux: the other end is closed
             break
         if seen.endswith(b"you: "):
-            # Python loses a Ctrl-C that comes after the prompt is shown and before it waits for keys.
+            # Python loses a Ctrl-C that comes between showing its prompt and waiting for keys.
             time.sleep(0 if waiting else 1)
             os.write(terminal, waiting.pop(0) if waiting else end)
             seen += b"<typed>"
