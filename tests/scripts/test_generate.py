@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import runpy
+import select
 import signal
 import sys
 import time
@@ -280,15 +281,18 @@ def in_terminal(script_arguments, typed, end):
         os.execv(sys.executable, [sys.executable, SCRIPT, *map(str, script_arguments)])
     seen, waiting = b"", [line.encode() + b"\n" for line in typed]
     while True:
+        # Python loses a Ctrl-C that comes between showing its prompt and waiting for keys.
+        if seen.endswith(b"<end>") and not select.select([terminal], [], [], 20)[0]:
+            os.write(terminal, end)
         try:
             seen += os.read(terminal, 4096)
         except OSError:  # Linux: the other end is closed
             break
         if seen.endswith(b"you: "):
-            # Python loses a Ctrl-C that comes between showing its prompt and waiting for keys.
             time.sleep(0 if waiting else 1)
-            os.write(terminal, waiting.pop(0) if waiting else end)
-            seen += b"<typed>"
+            os.write(terminal, waiting[0] if waiting else end)
+            seen += b"<typed>" if waiting else b"<end>"
+            waiting = waiting[1:]
     os.close(terminal)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     return code, seen.decode().replace("\r\n", "\n")
