@@ -180,8 +180,8 @@ def write_record(
         "base": base,
         "dtype": dtype,
         "errors_nats": errors,
-        "merged_from": _sums(weights, "*.safetensors"),
-        "files": {**_sums(merged, "*"), "README.md": "free to be edited"},
+        "merged_from": file_sums(weights, "*.safetensors"),
+        "files": {**file_sums(merged, "*"), "README.md": "free to be edited"},
     }
     (merged / RECORD).write_text(json.dumps(record, indent=1))
 
@@ -197,13 +197,13 @@ def verified_files(output: Path, folder: Path, *, weights: str, base: str, dtype
     record = _read_record(output)
     asked = {"weights": weights, "base": base, "dtype": dtype}
     other = {key: record[key] for key in asked if asked[key] not in ("auto", record[key])}
-    if other or record["merged_from"] != _sums(folder / weights, "*.safetensors"):
+    if other or record["merged_from"] != file_sums(folder / weights, "*.safetensors"):
         what = ", ".join(f"{key} {value}" for key, value in other.items()) or "other weights"
         raise UserError(
             f"--output: {output} holds another merge than asked for ({what}). Name another folder, "
             "or move it away."
         )
-    now = _sums(output, "*")
+    now = file_sums(output, "*")
     changed = [n for n, was in record["files"].items() if n != "README.md" and now.get(n) != was]
     if changed or not (output / "README.md").exists():
         raise UserError(
@@ -230,7 +230,7 @@ def _read_record(output: Path) -> dict[str, Any]:
     return record
 
 
-def _sums(folder: Path, pattern: str) -> dict[str, str]:
+def file_sums(folder: Path, pattern: str) -> dict[str, str]:
     """sha256 of each file, by its name below the folder."""
     sums = {}
     for path in sorted(folder.rglob(pattern)):

@@ -25,7 +25,7 @@ from dpo.logps import sequence_logps
 from dpo.losses import LOSSES, PairLogps
 from dpo.metrics import METRICS, pair_metrics
 from dpo.model.reference import Reference, Zero
-from dpo.show.finished import spread
+from dpo.show.held_out import spread
 from dpo.show.samples import generate
 
 Answered = tuple[Sequence[int], Sequence[int], Sequence[int]]  # token ids: prompt and two answers

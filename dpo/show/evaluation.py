@@ -5,7 +5,6 @@ is the reference, unless the run had none; then rewards are the policy's own log
 in training, and the KL is that to the model before training.
 """
 
-import hashlib
 import json
 import platform
 from collections.abc import Iterator
@@ -21,13 +20,14 @@ from dpo.config import UserError
 from dpo.data.chat import choose_template, stop_ids
 from dpo.data.loader import Pairs, load_data
 from dpo.data.stream import Stream
+from dpo.model.export import file_sums
 from dpo.model.reference import Reference, choose_mode
 from dpo.model.scorer import Scorer
 from dpo.show.evaluate import held_out_columns, score_pairs
 from dpo.show.evaluation_tables import evaluation_tables
-from dpo.show.finished import FinishedRun, read_run, spread
+from dpo.show.finished import FinishedRun, read_run
 from dpo.show.harness import load_tasks, run_harness
-from dpo.show.held_out import Columns, group_figures
+from dpo.show.held_out import Columns, group_figures, spread
 from dpo.show.judges import (
     Answers,
     EndpointJudge,
@@ -123,7 +123,11 @@ def evaluate_run(folder: Path, options: Options) -> Iterator[str]:
             size, limit = options.batch_size, options.limit
             yield {"lm_eval": run_harness(run, tasks, batch_size=size, limit=limit)}
 
-    about = {"run": str(folder), "weights": options.weights, "sha256": _sums(run.weights)}
+    about = {
+        "run": str(folder),
+        "weights": options.weights,
+        "sha256": file_sums(run.weights, "*.safetensors"),
+    }
     how = {
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
         "versions": _versions(bool(tasks)),
@@ -151,14 +155,6 @@ def _written(
     json.loads(output.read_text(), parse_constant=not_finite.append)
     if not_finite:
         yield f"Not finite: {len(not_finite)} of them. Strict readers of JSON refuse the file."
-
-
-def _sums(weights: Path) -> dict[str, str]:
-    sums = {}
-    for path in sorted(weights.glob("*.safetensors")):
-        with path.open("rb") as file:
-            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
 
 
 def _parts_of(output: Path, sums: dict[str, str]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +19,7 @@ from dpo.data.stream import TokenizedPair
 from dpo.model.load import Policy, load_policy, load_tokenizer, load_weights
 from dpo.model.reference import Frozen, Reference, adapter_off, build_reference, choose_mode
 from dpo.model.scorer import Scorer
+from dpo.show.held_out import spread
 
 
 def read_run(folder: Path) -> Config:
@@ -104,8 +104,3 @@ class FinishedRun:
         chosen = pairs.select(spread(len(pairs), wanted))
         name = "held-out" if held_out else "training (this run held nothing out)"
         return chosen, f"{len(chosen)} {name} pairs"
-
-
-def spread(total: int, wanted: int) -> np.ndarray:
-    """`wanted` positions, evenly over all of them: files are often sorted by source."""
-    return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(int))

@@ -81,6 +81,11 @@ def length_controlled(
     return torch.sigmoid(a).item()
 
 
+def spread(total: int, wanted: int) -> np.ndarray:
+    """`wanted` positions, evenly over all of them: files are often sorted by source."""
+    return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(int))
+
+
 def pair_figures(columns: Columns, *, beta: float) -> dict[str, Any]:
     """Every figure of one group of pairs; shares in [0, 1], log-probs in nats, `_se` its error."""
     chosen, rejected = (

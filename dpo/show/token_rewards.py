@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.losses import PairLogps, implicit_rewards
 from dpo.model.reference import Reference
-from dpo.show.finished import spread
+from dpo.show.held_out import spread
 
 SPREAD, LOWEST = 6, 3  # pairs to show: evenly over all, and those with the lowest margin
 

@@ -9,11 +9,9 @@ Left out on purpose: Accelerate's `save_state`. It writes the whole base, does n
 NF4, and pickles its random states.
 """
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dpo.config import Config, UserError
+from dpo.model.export import file_sums
 from dpo.model.load import load_weights
 
 # May differ between a run and its continuation: they do not change what is computed.
@@ -116,7 +115,7 @@ def save_checkpoint(
     torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
     (unfinished / "state.json").write_text(json.dumps({"step": step, **state}))
     (unfinished / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-    manifest = {str(path.relative_to(unfinished)): _sha256(path) for path in _files(unfinished)}
+    manifest = file_sums(unfinished, "*")
     (unfinished / "manifest.json").write_text(json.dumps(manifest))
     os.rename(unfinished, checkpoint)
     for old in list_checkpoints(folder)[:-keep]:
@@ -142,9 +141,10 @@ def verify(checkpoint: Path) -> None:
     """
     manifest = checkpoint / "manifest.json"
     sums = json.loads(manifest.read_text()) if manifest.exists() else {"manifest.json": ""}
+    now = file_sums(checkpoint, "*")
     for name, expected in sums.items():
         file = checkpoint / name
-        if not file.exists() or _sha256(file) != expected:
+        if now.get(name) != expected:
             raise UserError(
                 f"{file} is {'damaged' if file.exists() else 'missing'}: the checkpoint cannot be "
                 "trusted. Delete that checkpoint folder to go on from the one before it."
@@ -207,12 +207,3 @@ def _put_aside(folder: Path) -> None:
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
     folder.rename(aside)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

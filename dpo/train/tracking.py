@@ -20,6 +20,7 @@ from dpo.data.loader import Pairs
 from dpo.losses import PairLogps, implicit_rewards
 from dpo.show.diagnostics import Watch
 from dpo.show.evaluate import Evaluation, held_out_columns
+from dpo.show.report.logs import read_lines
 from dpo.train.board import open_board, show_evaluation
 
 # Rows of the closing table: held-out metric, its name there, and how it is printed.
@@ -147,14 +148,6 @@ class Tracker:
 def _append(file: Path, lines: list[dict[str, Any]]) -> None:
     with file.open("a") as log:
         log.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last one that was cut off in the writing does not count."""
-    if not file.exists():
-        return []
-    complete = file.read_text().rpartition("\n")[0]
-    return [json.loads(line) for line in complete.splitlines()]
 
 
 def check_trackers(report_to: str | list[str]) -> list[str]:

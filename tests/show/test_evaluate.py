@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.config import UserError, resolve
 from dpo.model.reference import adapter_off
-from dpo.show.finished import spread
+from dpo.show.held_out import spread
 from dpo.show.samples import generate
 from dpo.train.tracking import closing_table, side_by_side
 from dpo.train.trainer import Run

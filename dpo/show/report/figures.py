@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from dpo.show.held_out import spread
 from dpo.show.report.charts import Chart, Series, curve, number
 from dpo.show.report.logs import Line, RunLogs
 
@@ -185,7 +186,7 @@ def _histograms(groups: Sequence[np.ndarray]) -> list[Series]:
 
 def _reward_against_length(line: Line, rewards: dict[str, np.ndarray]) -> Chart:
     total = len(line["row"])
-    shown = np.unique(np.linspace(0, total - 1, min(total, MAX_SCATTERED)).round().astype(int))
+    shown = spread(total, MAX_SCATTERED)
     series = []
     for side, marker in (("chosen", "o"), ("rejected", "s")):
         lengths = [line[f"{side}_lengths"][i] for i in shown]

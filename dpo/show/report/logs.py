@@ -68,14 +68,14 @@ def read_logs(folder: Path) -> RunLogs:
             f"{folder}: got no metrics.jsonl and no config.yaml there, wanted a run folder. "
             "Name the train.output_dir of a run."
         )
-    metrics = _lines(folder / "metrics.jsonl")
+    metrics = read_lines(folder / "metrics.jsonl")
     return RunLogs(
         name=folder.resolve().name,
         config=_whole(folder / "config.yaml", {}, _sections),
         metrics=metrics,
         evaluations=[line for line in metrics if "eval/loss" in line],
-        samples=_lines(folder / "samples.jsonl"),
-        held_out=_lines(folder / "held_out.jsonl", ends=True),
+        samples=read_lines(folder / "samples.jsonl"),
+        held_out=read_lines(folder / "held_out.jsonl", ends=True),
         token_rewards=_whole(folder / "token_rewards.json", []),
         data_report=_whole(folder / "data_report.json", {}),
         evaluation=_whole(folder / "evaluation.json", {}),
@@ -83,7 +83,7 @@ def read_logs(folder: Path) -> RunLogs:
     )
 
 
-def _lines(file: Path, *, ends: bool = False) -> list[Line]:
+def read_lines(file: Path, *, ends: bool = False) -> list[Line]:
     """All, or the first and the last, without one at the end that was cut off in the writing."""
     lines = list(enumerate(_text(file).split("\n")[:-1], start=1))  # text has other line ends too
     lines = [*lines[:1], *lines[-1:]] if ends else lines
