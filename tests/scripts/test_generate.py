@@ -341,3 +341,14 @@ def test_a_single_answer_is_streamed_on_a_terminal(lora, monkeypatch, capsys):
     assert "".join(written) == untrained(WORDS)
     assert sum(map(bool, written)) > 3  # word by word
     assert capsys.readouterr().out.startswith(f"\n{WORDS}\n  base:   ")
+
+
+def test_the_system_flag_reaches_the_model(lora, monkeypatch, tmp_path):
+    """The answer is that to the conversation with the message, and not that to the bare prompt."""
+    file = tmp_path / "answers.jsonl"
+    how = ["--temperature", 0, *SHORT, "--side", "policy", "--output", file]
+    assert call(monkeypatch, lora, "--system", f"{OTHER} {OTHER}", *how, WORDS) == 0
+    (line,) = map(json.loads, file.read_text().splitlines())
+    speakers, system = Speakers(lora), {"role": "system", "content": f"{OTHER} {OTHER}"}
+    assert line["policy"] == reply(speakers, "policy", [system, *conversation(WORDS)])
+    assert line["policy"] != reply(speakers, "policy", conversation(WORDS))
