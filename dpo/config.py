@@ -136,6 +136,8 @@ class ReferenceConfig:
 
     mode: Literal["auto", "adapter", "frozen", "zero"] = "auto"
     """adapter: the base under the adapter; frozen: a copy; zero: no reference; auto: what fits."""
+    cache: str = "auto"
+    """Where its log-probs are kept from run to run: auto (beside the tokens), off, or a folder."""
 
 
 @dataclass(kw_only=True)
@@ -172,10 +174,12 @@ class TrainConfig:
     """Optimizer steps; -1 goes by num_train_epochs."""
     num_train_epochs: int = 1
     """Passes over the data, when max_steps is -1."""
-    tokens_per_microbatch: int = 8192
-    """How many tokens go through the model at once: the memory knob; the result is the same."""
-    gradient_checkpointing: bool = True
+    tokens_per_microbatch: int | Literal["auto"] = "auto"
+    """How many tokens go through the model at once; the result is the same. auto: what fits."""
+    gradient_checkpointing: bool = False
     """Compute activations again in the backward: less memory, a third more work."""
+    peak_tflops: float | None = None
+    """Dense TFLOP/s of one device, which train/mfu is a share of; null: known for common GPUs."""
     seed: int = 42
     """Seed of the order of the pairs, of the adapter and of dropout."""
     logging_steps: int = 1
@@ -200,6 +204,11 @@ class TrainConfig:
     """Trackers that Accelerate knows (tensorboard, wandb, ...), or none."""
     write_report: bool = True
     """Write report.html at the end: all of the run in one file for a browser."""
+
+    @property
+    def scoring_tokens(self) -> int:
+        """Tokens of a micro-batch that needs no gradient, and so little memory."""
+        return 8192 if self.tokens_per_microbatch == "auto" else self.tokens_per_microbatch
 
 
 @dataclass(kw_only=True)
@@ -241,6 +250,8 @@ class Config:
                 "frozen",
                 "auto or adapter: with an adapter the frozen model is the base under it, for free",
             )
+        if reference.mode == "zero" and reference.cache not in ("auto", "off"):
+            _refuse("reference.cache", reference.cache, "auto or off, since reference.mode is zero")
         if model.adapter == "none" and model.dtype == "float16":
             _refuse(
                 "model.dtype",
@@ -329,7 +340,8 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "train.per_device_train_batch_size": _POSITIVE,
     "train.gradient_accumulation_steps": _POSITIVE,
     "train.num_train_epochs": _POSITIVE,
-    "train.tokens_per_microbatch": _POSITIVE,
+    "train.tokens_per_microbatch": ("auto or a number above 0", lambda x: x == "auto" or x > 0),
+    "train.peak_tflops": ("a number above 0", lambda x: x is None or x > 0),
     "train.seed": _NOT_NEGATIVE,
     "train.logging_steps": _POSITIVE,
     "train.eval_steps": _NOT_NEGATIVE,
@@ -440,10 +452,6 @@ def _explain(message: str) -> str:
     """The parser's message in our words, with the nearest known keys to an unknown one."""
     if message.startswith("Unexpected config"):
         return "configuration: the file is empty, or not made of sections with keys below them."
-    wrong = re.match(r'Parser key "([\w.]+)":\s+Expected an? (.+)\. Got value: (.*)', message)
-    if wrong:
-        wanted = re.sub(r"<class '(\w+)'>|typing\.Literal", lambda m: m[1] or "one of ", wrong[2])
-        return _refusal(wrong[1], wrong[3], wanted)
     unknown = re.search(r"arguments: --([\w.]+)|[Oo]ption '([\w.]+)'", message)
     name = (unknown[1] or unknown[2]) if unknown else ""
     if message.startswith('Parser key "data.name_or_path"'):
@@ -454,6 +462,14 @@ def _explain(message: str) -> str:
             f"{{path: ID_OR_FILE}} each, with these keys: {', '.join(keys)} (only path must be "
             f"there).{wrong_key}"
         )
+    key = re.match(r'Parser key "([\w.]+)":', message)
+    given = re.search(r"(?:Got|Given) value: (.*)", message)
+    kinds = re.findall(r"Expected an? (.+?)\.?(?: Got value: .*)?$", message, re.MULTILINE)
+    if key and given and kinds:  # several, where a union was wanted
+        wanted = re.sub(
+            r"<class '(\w+)'>|typing\.Literal", lambda m: m[1] or "one of ", " or ".join(kinds)
+        )
+        return _refusal(key[1], given[1], wanted.replace("NoneType", "null"))
     if not unknown:
         return "configuration: " + re.sub(r'Parser key "([^"]+)":', r"--\1:", message)
     group = re.search(r"Group '(\w+)'", message)

@@ -46,7 +46,6 @@ ARTICLE = {
     "train.per_device_train_batch_size": 4,
     "train.gradient_accumulation_steps": 4,
     "train.max_steps": 200,
-    "train.gradient_checkpointing": True,
 }
 
 CONTRACT = """
@@ -55,7 +54,7 @@ lora: r alpha dropout target_modules init use_rslora use_dora
 data: name_or_path subset revision split format eval_fraction eval_path max_prompt_length
     max_length on_overlong chat_template
 loss: type beta label_smoothing
-reference: mode
+reference: mode cache
 optim: name learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm
 train: output_dir per_device_train_batch_size gradient_accumulation_steps max_steps
     num_train_epochs tokens_per_microbatch gradient_checkpointing seed logging_steps eval_steps
@@ -105,6 +104,13 @@ def refusal(argv):
 
 
 # ------------------------------------------------------------------------------------- defaults
+
+
+def test_memory_is_for_the_token_budget_to_mind_and_not_for_checkpointing():
+    """The one setting of the article's that is another here: on with it, and it changes no number.
+    Micro-batches that fit cost nothing, recomputed activations half of the policy's work again."""
+    assert not Config().train.gradient_checkpointing
+    assert Config().train.tokens_per_microbatch == "auto"
 
 
 @pytest.mark.parametrize(("key", "wanted"), ARTICLE.items(), ids=ARTICLE)
@@ -328,6 +334,7 @@ OUTSIDE = {
     "train.gradient_accumulation_steps": [0, -4],
     "train.num_train_epochs": [0, -1],
     "train.tokens_per_microbatch": [0, -1],
+    "train.peak_tflops": [0.0, -1.0, float("inf")],
     "train.seed": [-1],
     "train.logging_steps": [0, -1],
     "train.eval_steps": [-1],
@@ -389,6 +396,8 @@ def test_a_value_outside_its_range_is_refused_from_flag_and_file(written):
         ("model.dtype", "float8", "'auto', 'float32', 'bfloat16', 'float16'"),
         ("reference.mode", "none", "'auto', 'adapter', 'frozen', 'zero'"),
         ("train.gradient_checkpointing", "maybe", "wanted bool"),
+        ("train.tokens_per_microbatch", "many", "'auto'"),
+        ("train.peak_tflops", "many", "wanted float"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_with_key_got_and_wanted(key, given, wanted):

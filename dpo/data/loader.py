@@ -1,8 +1,4 @@
-"""Read, tokenise once, own the order, split a step into micro-batches.
-
-Token ids are kept in an Arrow file, which `datasets` maps into memory, in a cache folder named by
-the digest of everything they depend on: contents of the source, tokenizer, template, lengths.
-Another learning rate finds them there; another tokenizer does not.
+"""What a run trains on and what it is evaluated on: pairs, their order, and their micro-batches.
 
 The order is a pure function of (seed, epoch, step). No sampler, no iterator and no global random
 state stand behind it, so a resumed run has nothing to replay.
@@ -10,80 +6,68 @@ state stand behind it, so a resumed run has nothing to replay.
 
 import hashlib
 import heapq
-import json
 import math
-import tempfile
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from itertools import islice
-from pathlib import Path
+from itertools import accumulate, islice
 from typing import Any
 
-import datasets.config
 import numpy as np
-import pyarrow as pa
-import tokenizers
-import transformers
-from tqdm import tqdm
+from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from dpo.config import Config, DataConfig, DataSource, UserError, resolve
-from dpo.data.audit import Audit, RowName
-from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer, Limits, choose_template, require_chatml
-from dpo.data.formats import RECOGNISED_ROWS, Preference, RowError, recognise, to_preference
+from dpo.data.audit import Audit
+from dpo.data.formats import RECOGNISED_ROWS, recognise
 from dpo.data.sources import Source, open_source
 from dpo.data.stream import TokenizedPair
-
-BATCH_ROWS = 1000  # tokenised at once
-MAX_DIFFERING = 0.02  # share of rows that the template may render differently; above, it is refused
-_SCORED = ("chosen_scored", "rejected_scored")
-_SCHEMA = pa.schema(
-    {
-        "row": pa.int64(),
-        "prompt_digest": pa.int64(),
-        "prompt_ids": pa.list_(pa.int32()),
-        "chosen_ids": pa.list_(pa.int32()),
-        "rejected_ids": pa.list_(pa.int32()),
-        "chosen_scored": pa.list_(pa.bool_()),
-        "rejected_scored": pa.list_(pa.bool_()),
-    }
-)
+from dpo.data.tokens import TokenFile, tokenized
 
 
 class Pairs(Sequence[TokenizedPair]):
-    """Tokenised pairs of one or more sources, read from the Arrow files as they are asked for.
+    """Tokenised pairs of one or more sources, read from their files as they are asked for.
 
     Args:
-        tables: by source; the name is what row names begin with, "" where there is one source.
-        places: (pairs, 2): which source and which of its rows; all of them, if not given.
+        files: by source; the name is what row names begin with, "" where there is one source.
+        places: of each pair among those of all sources, one after the other; without, all of them
+            in order, and nothing is kept for each.
     """
 
     def __init__(
-        self, tables: Sequence[tuple[str, datasets.Dataset]], places: np.ndarray | None = None
+        self,
+        files: Sequence[tuple[str, TokenFile]],
+        places: Int[np.ndarray, " pairs"] | None = None,
     ):
-        if places is None:
-            sizes = [len(table) for _, table in tables]
-            rows = np.concatenate([np.arange(size) for size in sizes])
-            places = np.stack([np.repeat(np.arange(len(sizes)), sizes), rows], axis=1)
-        self._tables, self._places = tables, places
+        self._files, self._places = files, places
+        self._starts = [0, *accumulate(len(file) for _, file in files)]
 
     def __len__(self) -> int:
-        return len(self._places)
+        return self._starts[-1] if self._places is None else len(self._places)
 
     def __getitem__(self, index: int) -> TokenizedPair:  # type: ignore[override]
         _, row = self._row(index)
         return TokenizedPair(**{field.name: row[field.name] for field in fields(TokenizedPair)})
 
     def _row(self, index: int) -> tuple[str, dict[str, Any]]:
-        source, place = self._places[index].tolist()
-        name, table = self._tables[source]
-        return name, table[place]
+        name, file, place = self._find(index)
+        return name, file[place]
+
+    def _find(self, index: int) -> tuple[str, TokenFile, int]:
+        place = range(len(self))[index]
+        if self._places is not None:
+            place = int(self._places[place])
+        source = bisect_right(self._starts, place) - 1
+        return *self._files[source], place - self._starts[source]
+
+    def _all_places(self) -> Int[np.ndarray, " pairs"]:
+        return np.arange(len(self)) if self._places is None else self._places
 
     @property
-    def sources(self) -> np.ndarray:
+    def sources(self) -> Int[np.ndarray, " pairs"]:
         """Which source each pair is of."""
-        return self._places[:, 0]
+        return np.searchsorted(self._starts, self._all_places(), side="right") - 1
 
     def row_name(self, index: int) -> str:
         """How the audit and error messages call the pair's row."""
@@ -92,28 +76,26 @@ class Pairs(Sequence[TokenizedPair]):
 
     def source_name(self, index: int) -> str:
         """The name of the pair's source, "" where there is one source."""
-        return self._tables[self.sources[index]][0]
+        name, _, _ = self._find(index)
+        return name
 
     @cached_property
     def digest(self) -> str:
         """Of all token ids and of the order of the pairs: tells data apart."""
-        digest = hashlib.sha256(self._places.tobytes())
-        for _, table in self._tables:
-            for name in ("prompt_ids", "chosen_ids", "rejected_ids", *_SCORED):
-                for chunk in table.data[name].chunks:
-                    digest.update(chunk.flatten().to_numpy(zero_copy_only=False))
-                    digest.update(chunk.value_lengths().fill_null(-1).to_numpy())
+        parts = [str(len(self)), *(file.digest for _, file in self._files)]
+        digest = hashlib.sha256(" ".join(parts).encode())
+        if self._places is not None:
+            digest.update(self._places.tobytes())
         return digest.hexdigest()
 
-    def select(self, indices: np.ndarray) -> "Pairs":
+    def select(self, indices: Int[np.ndarray, " selected"]) -> "Pairs":
         """These of the pairs, in this order; may repeat."""
-        return Pairs(self._tables, self._places[indices])
+        return Pairs(self._files, self._all_places()[indices])
 
-    def prompt_digests(self) -> np.ndarray:
+    def prompt_digests(self) -> Int[np.ndarray, " pairs"]:
         """A number for each pair, equal where prompts are."""
-        columns = [table.data["prompt_digest"].to_numpy() for _, table in self._tables]
-        starts = np.cumsum([0, *map(len, columns)])
-        return np.concatenate(columns)[starts[self.sources] + self._places[:, 1]]
+        digests = np.concatenate([file.prompt_digests() for _, file in self._files])
+        return digests[self._all_places()]
 
 
 @dataclass(frozen=True)
@@ -134,22 +116,17 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreferenceD
     """
     data, seed = config.data, config.train.seed
     sources = list_sources(data)
-    tables, audit = [], Audit()
+    files, audit = [], Audit()
     for source in sources:
         name = source.path if len(sources) > 1 else ""
         opened = open_source(
             resolve(source.path), subset=data.subset, revision=data.revision, split=source.split
         )
-        table, its_audit = _tokenized(opened, source.format, data, tokenizer)
-        tables.append((name, table))
+        file, its_audit = tokenized(opened, choose_format(opened, source.format), data, tokenizer)
+        files.append((name, file))
         audit.absorb(its_audit, name)
-    pairs = Pairs(tables)
-    is_held_out = _is_held_out(pairs.prompt_digests(), data.eval_fraction, seed)
-    seen = [
-        _weighted(np.flatnonzero(~is_held_out & (pairs.sources == i)), source.weight, (seed, i))
-        for i, source in enumerate(sources)
-    ]
-    train, held_out = pairs.select(np.concatenate(seen)), pairs.select(np.flatnonzero(is_held_out))
+    weights = [source.weight for source in sources]
+    train, held_out = _split(Pairs(files), weights, data.eval_fraction, seed)
     report, summary = audit.report(), [f"data: {audit.summary()}"]
     if data.eval_path:
         same = data.eval_path == data.name_or_path  # other splits of one data set
@@ -159,8 +136,8 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreferenceD
             revision=data.revision if same else None,
             split=data.eval_split,
         )
-        table, eval_audit = _tokenized(opened, data.format, data, tokenizer)
-        held_out = Pairs([("", table)])
+        file, eval_audit = tokenized(opened, choose_format(opened, data.format), data, tokenizer)
+        held_out = Pairs([("", file)])
         report["held_out_source"] = eval_audit.report()
         summary.append(f"held out: {eval_audit.summary()}")
     report |= {"pairs_trained_on_per_epoch": len(train), "pairs_held_out": len(held_out)}
@@ -184,7 +161,7 @@ def step_indices(num_pairs: int, pairs_per_step: int, seed: int, step: int) -> n
 
 @lru_cache(maxsize=2)
 def _epoch_order(num_pairs: int, seed: int, epoch: int) -> np.ndarray:
-    order = np.random.default_rng((seed, epoch)).permutation(num_pairs)
+    order = np.random.default_rng((seed, epoch)).permutation(np.arange(num_pairs, dtype=np.int32))
     order.flags.writeable = False  # every step of the epoch reads this one array
     return order
 
@@ -244,98 +221,18 @@ def choose_format(source: Source, format: str) -> str:
     return recognise([row.value for row in islice(source, RECOGNISED_ROWS)], source.name)
 
 
-def _tokenized(
-    source: Source, format: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[datasets.Dataset, Audit]:
-    """The source's pairs and audit, from the cache or made now."""
-    template = choose_template(tokenizer, data.chat_template)
-    limits = Limits(data.max_prompt_length, data.max_length, data.on_overlong)
-    format = choose_format(source, format)
-    if format == "chatml_dpo_pairs":
-        require_chatml(tokenizer, f"{source.name}: the rows are ready-made ChatML")
-    depends_on = (
-        _code_digest(),
-        transformers.__version__,
-        tokenizers.__version__,
-        source.fingerprint,
-        format,
-        limits,
-        template,
-        _tokenizer_digest(tokenizer),
-    )
-    key = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo_pairs" / key
-    if not folder.exists():
-        audit = Audit()
-        _write(folder, source, format, ChatTokenizer(tokenizer, template, limits, audit), audit)
-    audit = Audit.from_report(json.loads((folder / "audit.json").read_text(encoding="utf-8")))
-    audit.formats = {source.name: format}
-    return datasets.Dataset.from_file(str(folder / "pairs.arrow")), audit
-
-
-def _write(folder: Path, source: Source, format: str, chat: ChatTokenizer, audit: Audit) -> None:
-    """Tokenises the source into a folder, which appears only when it is complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as unfinished:
-        files = Path(unfinished, "complete")
-        files.mkdir()
-        with pa.OSFile(str(files / "pairs.arrow"), "wb") as file:
-            _write_pairs(file, source, format, chat, audit)
-        (files / "audit.json").write_text(json.dumps(audit.report()), encoding="utf-8")
-        try:
-            files.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process made the same one: equal contents
-                raise
-
-
-def _write_pairs(
-    file: pa.NativeFile, source: Source, format: str, chat: ChatTokenizer, audit: Audit
-) -> None:
-    preferences = _preferences(source, format, audit)
-    progress = tqdm(
-        total=len(source), desc=f"tokenising {source.name}", unit="row", leave=False, disable=None
-    )
-    with pa.ipc.new_stream(file, _SCHEMA) as writer, progress:
-        while batch := list(islice(preferences, BATCH_ROWS)):
-            asked = dict[RowName, Preference](batch)
-            try:
-                rows = [
-                    {"row": row, "prompt_digest": _digest(chat.prompt_text(asked[row]))}
-                    | vars(pair)
-                    for row, pair in chat.tokenize(batch)
-                ]
-            except UserError as error:
-                raise UserError(f"{source.name}: {error}") from None
-            audit.pairs_kept += len(rows)
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
-            progress.update(audit.rows_read - progress.n)
-            _refuse_differing(source, audit)
-
-
-def _preferences(source: Source, format: str, audit: Audit) -> Iterator[tuple[RowName, Preference]]:
-    for number, value in source:
-        audit.rows_read += 1
-        try:
-            yield number, to_preference(value, format, where=source.where(number))
-        except RowError as error:
-            audit.drop(error.reason, number)
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
-
-
-def _refuse_differing(source: Source, audit: Audit) -> None:
-    """Stops as soon as the share of the whole source is certain to be too large."""
-    differing = audit.dropped.get(TEMPLATE_DIFFERS)
-    if differing and differing.count > MAX_DIFFERING * len(source):
-        raise UserError(
-            f"{source.name}: in {differing.count} of the first {audit.rows_read} rows (such as "
-            f"{', '.join(map(str, differing.rows[:5]))}) the chat template renders the prompt "
-            "differently once an answer follows it, so prompt and answer cannot be told apart. "
-            "Give a template that only appends, as a file in data.chat_template."
-        )
+def _split(
+    pairs: Pairs, weights: Sequence[float], fraction: float, seed: int
+) -> tuple[Pairs, Pairs]:
+    """What an epoch trains on, and what is held out."""
+    if not fraction and all(weight == 1 for weight in weights):
+        return pairs, pairs.select(np.arange(0))  # every pair once: no list of a million places
+    is_held_out = _is_held_out(pairs.prompt_digests(), fraction, seed)
+    seen = [
+        _weighted(np.flatnonzero(~is_held_out & (pairs.sources == i)), weight, (seed, i))
+        for i, weight in enumerate(weights)
+    ]
+    return pairs.select(np.concatenate(seen)), pairs.select(np.flatnonzero(is_held_out))
 
 
 def _is_held_out(prompts: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -349,18 +246,3 @@ def _weighted(indices: np.ndarray, weight: float, seed: tuple[int, int]) -> np.n
     whole, part = divmod(weight, 1)
     extra = np.random.default_rng(seed).permutation(indices)[: round(part * len(indices))]
     return np.concatenate([np.tile(indices, int(whole)), np.sort(extra)])
-
-
-def _code_digest() -> str:
-    """Of the code that decides the token ids: a changed rule must not find old tokens."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()

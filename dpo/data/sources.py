@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from dpo.config import UserError
+from dpo.data.files import file_digests
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")
@@ -114,13 +115,9 @@ def _refuse_missing(path: str, local: Path) -> NoReturn:
     raise UserError(f"{path} does not exist; {hint}. Correct the path.")
 
 
-def _sha256(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+def _digest(path: Path) -> str:
+    (digest,) = file_digests([path])
+    return digest
 
 
 def _json(name: str, path: Path) -> Source:
@@ -136,7 +133,8 @@ def _json(name: str, path: Path) -> Source:
     else:
         read = partial(_line_rows, name, path)
         unit, count = "line", lambda: sum(1 for _, line in _lines(name, path) if line.strip())
-    return Source(name=name, unit=unit, read=read, count=count, digest=lambda: _sha256([path]))
+    digest = partial(_digest, path)
+    return Source(name=name, unit=unit, read=read, count=count, digest=digest)
 
 
 def _lines(name: str, path: Path) -> Iterator[tuple[int, str]]:
@@ -261,7 +259,13 @@ def _folder(
         f"the parquet files in {name} cannot be read",
         "Check data.subset and data.split, or name one file.",
     )
-    return _table(name, rows, digest=lambda: _sha256(files))
+    return _table(name, rows, digest=lambda: _digest_of_part(files, subset, split))
+
+
+def _digest_of_part(files: list[Path], subset: str | None, split: str) -> str:
+    """The files hold every subset and split of the data set."""
+    part = (subset, split, file_digests(files))
+    return hashlib.sha256(repr(part).encode()).hexdigest()
 
 
 def _parquet(name: str, path: Path) -> Source:
@@ -272,7 +276,7 @@ def _parquet(name: str, path: Path) -> Source:
         f"{name} cannot be read as parquet",
         "Write or fetch it again.",
     )
-    return _table(name, rows, digest=lambda: _sha256([path]))
+    return _table(name, rows, digest=partial(_digest, path))
 
 
 def _hub(name: str, *, subset: str | None, revision: str | None, split: str) -> Source:

@@ -19,8 +19,10 @@ Where both answers open alike, the common opening is computed once too (it joins
 makes this exact: a state depends only on what stands before it, which is the same in both.
 """
 
+import hashlib
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -51,6 +53,22 @@ class TokenizedPair:
         pairs = zip(self.chosen_ids[:longest], self.rejected_ids[:longest], strict=True)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), longest)
 
+    @property
+    def num_scored_tokens(self) -> int:
+        """How many targets this pair adds to a stream."""
+        answers = (self.chosen_ids, self.chosen_scored), (self.rejected_ids, self.rejected_scored)
+        return sum(len(ids) if scored is None else sum(scored) for ids, scored in answers)
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that tell pairs apart: tokens, where each part begins, which are scored."""
+        whole = hashlib.blake2b(digest_size=16)
+        for ids in (self.prompt_ids, self.chosen_ids, self.rejected_ids):
+            whole.update(len(ids).to_bytes(8, "little") + array("q", ids).tobytes())
+        for scored in (self.chosen_scored, self.rejected_scored):
+            whole.update(b"all" if scored is None else bytes(scored))
+        return whole.digest()
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -73,7 +91,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Stream:
-    """A micro-batch. Axes: `tokens` (inputs), `scored` (targets of all answers, in order)."""
+    """A micro-batch. Axes: `tokens` (inputs), `scored` (targets of all answers, in order).
+
+    `segments` says where each of `pairs` lies; both stay on the host.
+    """
 
     input_ids: Int[Tensor, " tokens"]
     position_ids: Int[Tensor, " tokens"]
@@ -81,6 +102,7 @@ class Stream:
     targets: Int[Tensor, " scored"]
     sequence_ids: Int[Tensor, " scored"]
     segments: tuple[Segment, ...]
+    pairs: tuple[TokenizedPair, ...]
 
     @property
     def num_pairs(self) -> int:
@@ -89,12 +111,15 @@ class Stream:
 
     def to(self, device: torch.device | str) -> "Stream":
         """The same stream on another device; the copy does not wait for the device."""
-        tensors = {
-            field.name: getattr(self, field.name).to(device, non_blocking=True)
-            for field in fields(self)
-            if field.name != "segments"
-        }
-        return replace(self, **tensors)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: to_device(value, device) for name, value in tensors.items()})
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A copy there that the host does not wait for: that takes page-locked memory on its side."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def build_stream(
@@ -111,8 +136,8 @@ def build_stream(
     targets: list[int] = []
     sequence_ids: list[int] = []
     segments: list[Segment] = []
-    for number, item in enumerate(pairs):
-        pair = item if isinstance(item, TokenizedPair) else TokenizedPair(*item)
+    items = [pair if isinstance(pair, TokenizedPair) else TokenizedPair(*pair) for pair in pairs]
+    for number, pair in enumerate(items):
         prompt, chosen, rejected = map(list, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
         if not (prompt and chosen and rejected):
             raise ValueError(
@@ -160,4 +185,5 @@ def build_stream(
         tensor(targets),
         tensor(sequence_ids),
         tuple(segments),
+        tuple(items),
     )

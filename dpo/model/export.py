@@ -10,7 +10,6 @@ The update is added in fp32, layer by layer, and rounded to the wanted type once
 left alone, rounds the update first and then the sum.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dpo.config import Config, ModelConfig, UserError, resolve
+from dpo.data.files import read_digests
 from dpo.model.load import adapter_settings, load_base
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -231,14 +231,10 @@ def _read_record(output: Path) -> dict[str, Any]:
 
 
 def file_sums(folder: Path, pattern: str) -> dict[str, str]:
-    """sha256 of each file, by its name below the folder."""
-    sums = {}
-    for path in sorted(folder.rglob(pattern)):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            sums[path.relative_to(folder).as_posix()] = digest
-    return sums
+    """sha256 of each file as it is now, by its name below the folder."""
+    files = [path for path in sorted(folder.rglob(pattern)) if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return dict(zip(names, read_digests(files), strict=True))
 
 
 def check_can_push(repo: str) -> None:

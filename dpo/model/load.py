@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -53,6 +55,14 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return _from_hub_or_disk(AutoTokenizer, path, model)
 
 
+def load_shape(model: ModelConfig) -> PreTrainedConfig:
+    """config.json of the model; of the base that an adapter's folder names."""
+    path = resolve(model.name_or_path)
+    adapter = adapter_settings(path)
+    path = resolve(adapter["base_model_name_or_path"]) if adapter else path
+    return _from_hub_or_disk(AutoConfig, path, model)
+
+
 def load_policy(config: Config, device: torch.device | str) -> Policy:
     """Loads the base in the configured type, quantises it, and adds or loads the adapter.
 
@@ -68,6 +78,13 @@ def load_policy(config: Config, device: torch.device | str) -> Policy:
             "merge it first and name the merged model."
         )
     base = load_base(config.model, device, adapter["base_model_name_or_path"] if adapter else path)
+    return build_policy(base, config)
+
+
+def build_policy(base: PreTrainedModel, config: Config) -> Policy:
+    """Chooses what trains and adds or loads the adapter; the base may have no numbers (meta)."""
+    path = resolve(config.model.name_or_path)
+    adapter = adapter_settings(path)
     policy = Policy(base)
     policy.notes += [f"set to 0 in both passes: {name}" for name in zero_dropouts(base)]
     if getattr(base.config.get_text_config(), "router_aux_loss_coef", None):

@@ -1,20 +1,26 @@
 """References: Stream -> token log-probs of what the policy was at step 0.
 
 All of them run the same code path as the policy, on the same micro-batches, without gradients. So
-before the first update they agree with it to the last bit, and the loss is exactly ln 2.
+before the first update they agree with it to the last bit, and the loss is exactly ln 2. `Cached`
+stands before one of them and asks it only for pairs that nobody asked it for before.
 """
 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
+import datasets.config
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dpo.data.stream import Stream
+from dpo.config import UserError
+from dpo.data.stream import Stream, TokenizedPair, build_stream, to_device
 from dpo.model.load import REFERENCE_ADAPTER, Policy
+from dpo.model.logp_cache import LogpCache
 from dpo.model.scorer import Scorer
 
 Reference = Callable[[Stream], Float[Tensor, " scored"]]
@@ -56,6 +62,77 @@ class Zero:
         return torch.zeros(len(stream.targets), device=stream.targets.device)
 
 
+class Cached:
+    """A reference that keeps what it computes, and computes only what is not kept yet.
+
+    Neither needs the device to be waited for: what is found is sent there, and what is computed is
+    fetched by `settle`, which the trainer calls once a step.
+
+    Attributes:
+        live: the reference behind it.
+        store: where log-probs are kept.
+        num_found, num_computed: pairs so far.
+        last_found_share: of the pairs of the last call.
+    """
+
+    def __init__(self, live: Reference, store: LogpCache):
+        self.live, self.store = live, store
+        self.num_found = self.num_computed = 0
+        self.last_found_share = 0.0
+        self._unsettled: list[tuple[list[TokenizedPair], Tensor]] = []
+
+    def __call__(self, stream: Stream) -> Float[Tensor, " scored"]:
+        """Token log-probs, (scored,) nats; those not kept yet in one pass of the live reference."""
+        device = stream.input_ids.device
+        known = [self.store.get(pair) for pair in stream.pairs]
+        found = [logps for logps in known if logps is not None]
+        missing = [pair for pair, logps in zip(stream.pairs, known, strict=True) if logps is None]
+        self.num_found += len(found)
+        self.num_computed += len(missing)
+        self.last_found_share = len(found) / max(1, len(known))
+        if not found:
+            computed = self.live(stream)
+            self._unsettled.append((missing, computed))
+            return computed
+        kept = to_device(torch.from_numpy(np.concatenate(found)), device)
+        if not missing:
+            return kept
+        computed = self.live(build_stream(missing).to(device))
+        self._unsettled.append((missing, computed))
+        parts_computed = iter(computed.split([pair.num_scored_tokens for pair in missing]))
+        parts_kept = iter(kept.split([len(logps) for logps in found]))
+        return torch.cat([next(parts_computed if p is None else parts_kept) for p in known])
+
+    def settle(self) -> None:
+        """Puts what was computed since into the cache; waits for the device, once."""
+        pairs = [pair for some, _ in self._unsettled for pair in some]
+        if not pairs:
+            return
+        logps = torch.cat([computed for _, computed in self._unsettled]).cpu().numpy()
+        ends = np.cumsum([pair.num_scored_tokens for pair in pairs])
+        for pair, own in zip(pairs, np.split(logps, ends[:-1]), strict=True):
+            self.store.put(pair, own)
+        self._unsettled = []
+
+    def forget_unsettled(self) -> None:
+        """As if the calls since the last `settle` had not been."""
+        self.num_computed -= sum(len(pairs) for pairs, _ in self._unsettled)
+        self._unsettled = []
+
+    def flush(self) -> None:
+        """Everything computed so far is on disk."""
+        self.settle()
+        self.store.flush()
+
+    def summary(self) -> str:
+        """What the cache was good for, in words."""
+        damaged = f", {self.store.num_damaged} damaged" if self.store.num_damaged else ""
+        return (
+            f"The reference: {self.num_computed} pairs computed, {self.num_found} found{damaged} "
+            f"in {self.store.folder}."
+        )
+
+
 @contextmanager
 def adapter_off(policy: Policy) -> Iterator[None]:
     """Inside, the model is what it was before training: for the reference, and for generation."""
@@ -76,6 +153,25 @@ def choose_mode(mode: str, policy: Policy) -> str:
     if mode != "auto":
         return mode
     return "adapter" if hasattr(policy.model, "peft_config") else "frozen"
+
+
+def open_cache(setting: str, digest: str) -> LogpCache:
+    """The cache that `reference.cache` means, of the reference of that digest.
+
+    `auto` is beside the tokenised pairs.
+
+    Raises:
+        UserError: it is no folder that can be written to.
+    """
+    auto = Path(datasets.config.HF_DATASETS_CACHE) / "dpo_reference"
+    folder = (auto if setting == "auto" else Path(setting)) / digest[:32]
+    try:
+        return LogpCache(folder)
+    except OSError as error:
+        raise UserError(
+            f"reference.cache: got {setting}, but {folder} cannot be written to ({error}). Name "
+            "another folder, or set it to off."
+        ) from None
 
 
 def build_reference(

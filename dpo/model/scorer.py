@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dpo.config import UserError
-from dpo.data.stream import Stream, build_stream
+from dpo.data.stream import Stream, build_stream, to_device
 from dpo.logps import token_logps
 from dpo.model.attention import KEYWORD, Layout, use_two_segment_attention
 from dpo.model.load import keep_4bit_trainable
@@ -33,6 +33,7 @@ class Scorer(nn.Module):
     Args:
         model: a causal LM, or a PEFT model around one.
         attention: `auto` takes `shared` where the model can and `padded` elsewhere.
+        has_numbers: false for a model of fake tensors, whose head cannot be compared with ours.
 
     Attributes:
         layout: `shared` or `padded`; `layout_reason` says why.
@@ -43,7 +44,11 @@ class Scorer(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, attention: Literal["auto", "shared", "padded"] = "auto"
+        self,
+        model: nn.Module,
+        attention: Literal["auto", "shared", "padded"] = "auto",
+        *,
+        has_numbers: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
@@ -70,7 +75,8 @@ class Scorer(nn.Module):
             "padded" if attention == "padded" or obstacle else "shared"
         )
         self.layout_reason = obstacle or ("as configured" if attention != "auto" else "")
-        self._check_head()
+        if has_numbers:
+            self._check_head()
         for module, mode in modes:
             module.training = mode
 
@@ -112,11 +118,9 @@ class Scorer(nn.Module):
         return output.last_hidden_state[0]
 
     def _padded_states(self, stream: Stream) -> Float[Tensor, "scored hidden"]:
-        index, lengths = _padded_rows(stream)
-        mask = torch.arange(index.shape[1], device=index.device) < lengths[:, None]
-        output = self._parts[1](
-            input_ids=stream.input_ids[index], attention_mask=mask.long(), use_cache=False
-        )
+        # No mask: padding stands on the right, where nothing that is causal looks.
+        rows = stream.input_ids[_padded_rows(stream)]
+        output = self._parts[1](input_ids=rows, use_cache=False)
         return output.last_hidden_state[stream.sequence_ids, stream.position_ids[stream.predictors]]
 
     def _obstacle_to_sharing(self) -> str:
@@ -193,10 +197,8 @@ def _logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
     return scale, getattr(config, "final_logit_softcapping", None)  # Gemma 2
 
 
-def _padded_rows(
-    stream: Stream,
-) -> tuple[Int[Tensor, "sequences longest"], Int[Tensor, " sequences"]]:
-    """For each answer, the stream indices of its row (padding: index 0), and the row lengths."""
+def _padded_rows(stream: Stream) -> Int[Tensor, "sequences longest"]:
+    """For each answer, the stream indices of its row; padding repeats index 0."""
     rows: list[list[int]] = []
     for segment in stream.segments:
         shared = range(segment.start, segment.start + segment.shared)
@@ -204,6 +206,5 @@ def _padded_rows(
         rejected = range(chosen.stop, segment.end)
         rows += [[*shared, *chosen], [*shared, *rejected]]
     longest = max(map(len, rows))
-    device = stream.input_ids.device
-    index = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-    return index, torch.tensor([len(row) for row in rows], device=device)
+    index = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    return to_device(index, stream.input_ids.device)

@@ -85,6 +85,7 @@ class Evaluator:
     model: nn.Module
     scorer: nn.Module
     reference: Reference
+    live_reference: Reference
     tokenizer: PreTrainedTokenizerBase
     held_out: Pairs
     device: torch.device
@@ -112,15 +113,15 @@ class Evaluator:
         """Each rank scores every so-manieth pair; all get the whole."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         mine = range(rank, len(self.held_out), ranks)
-        logps = self._score([self.held_out[i] for i in mine])
+        logps = self._score([self.held_out[i] for i in mine], self.reference)
         rows = list(zip(mine, *(vars(logps)[f.name].tolist() for f in fields(logps)), strict=True))
         every = sorted(gather_object(rows))
         return PairLogps(*torch.tensor([values for _, *values in every]).unbind(1))
 
-    def _score(self, pairs: Sequence[TokenizedPair | Answered]) -> PairLogps:
-        budget = self.config.train.tokens_per_microbatch
+    def _score(self, pairs: Sequence[TokenizedPair | Answered], reference: Reference) -> PairLogps:
+        budget = self.config.train.scoring_tokens
         return score_pairs(
-            pairs, self.scorer, self.reference, tokens_per_microbatch=budget, device=self.device
+            pairs, self.scorer, reference, tokens_per_microbatch=budget, device=self.device
         )
 
     def _answers(self) -> list[dict[str, Any]]:
@@ -141,7 +142,8 @@ class Evaluator:
         )
         # Scored as pairs of (sampled, greedy) answers; the sampled ones give the KL.
         answered = list(zip(prompts, sampled, greedy, strict=True))
-        log_ratios = self._score(answered).chosen_logratios.tolist()
+        # Nobody will ask for these answers again: not through the cache.
+        log_ratios = self._score(answered, self.live_reference).chosen_logratios.tolist()
         samples = [
             {
                 "index": int(index),

@@ -198,7 +198,7 @@ def measure_pairs(run: FinishedRun, pairs: Pairs, options: Options) -> dict[str,
 def _columns(run: FinishedRun, pairs: Pairs, options: Options) -> Columns:
     before = before_training(run)
     how: dict[str, Any] = {
-        "tokens_per_microbatch": run.config.train.tokens_per_microbatch,
+        "tokens_per_microbatch": run.config.train.scoring_tokens,
         "device": run.device,
     }
     logps = score_pairs(pairs, run.scorer, run.reference, **how)

@@ -76,7 +76,7 @@ class Trained:
     def score(self, model: nn.Module) -> Scores:
         """Another model on the same pairs, by the same path."""
         scorer = Scorer(model, attention=self.layout)
-        return score(scorer, self.pairs, self.config.train.tokens_per_microbatch)
+        return score(scorer, self.pairs, self.config.train.scoring_tokens)
 
     def measure(self, model: nn.Module, base: Scores | None) -> MergeError:
         """Another model against the policy; `base` as in `merge_error.measure`."""
@@ -198,7 +198,7 @@ def score_trained(folder: Path, weights: str, num_pairs: int) -> Trained:
     """The trained policy's scores; its weights are let go."""
     run = FinishedRun(folder, weights)
     pairs, pairs_are = run.some_pairs(num_pairs)
-    model, budget, bare = run.policy.model, run.config.train.tokens_per_microbatch, None
+    model, budget, bare = run.policy.model, run.config.train.scoring_tokens, None
     if hasattr(model, "peft_config"):
         with model.disable_adapter():  # type: ignore[operator]
             bare = score(run.scorer, pairs, budget)

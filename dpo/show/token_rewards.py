@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dpo.data.loader import Pairs
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.losses import PairLogps, implicit_rewards
 from dpo.model.reference import Reference
@@ -27,6 +28,25 @@ def pairs_to_show(logps: PairLogps, *, beta: float) -> list[tuple[int, str]]:
     evenly = [i for i in spread(len(chosen), SPREAD).tolist() if i not in lowest]
     reasons = [(evenly, "spread over the held-out pairs"), (lowest, "lowest margin")]
     return [(index, why) for indices, why in reasons for index in indices]
+
+
+def rewards_to_show(
+    pairs: Pairs,
+    logps: PairLogps,
+    scorer: nn.Module,
+    reference: Reference,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    beta: float,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Some of the pairs, of which `logps` are, token by token: what token_rewards.json holds."""
+    context = (scorer, reference, tokenizer)
+    return [
+        {"row": pairs.row_name(i), "why": why}
+        | token_rewards(pairs[i], *context, beta=beta, device=device)
+        for i, why in pairs_to_show(logps, beta=beta)
+    ]
 
 
 def token_rewards(

@@ -24,6 +24,7 @@ from torch import nn
 from dpo.config import Config, UserError
 from dpo.model.export import file_sums
 from dpo.model.load import load_weights
+from dpo.train.selfcheck import first_reference_logps
 
 # May differ between a run and its continuation: they do not change what is computed.
 _FREE_KEYS = (
@@ -31,6 +32,7 @@ _FREE_KEYS = (
     "train.save_steps train.save_total_limit "
     "train.logging_steps train.eval_steps train.eval_prompts train.eval_max_new_tokens "
     "train.eval_exact_match train.metric_for_best_model train.tokens_per_microbatch "
+    "train.gradient_checkpointing train.peak_tflops reference.cache "
     # Their product with the number of ranks is compared instead, by the trainer.
     "train.per_device_train_batch_size train.gradient_accumulation_steps"
 ).split()
@@ -131,6 +133,37 @@ def load_checkpoint(
     state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state)
     return json.loads((checkpoint / "state.json").read_text())
+
+
+def resume(run: Any, checkpoint: Path) -> dict[str, Any]:
+    """Puts a `trainer.Run` back to the checkpoint, if it is the same run; returns the saved state.
+
+    Raises:
+        UserError: the size of a step, the pairs or the reference have changed since.
+    """
+    state = load_checkpoint(checkpoint, run.policy.model, run.optimizer.optimizer)
+    if state["pairs_per_step"] != run.pairs_per_step:
+        raise UserError(
+            f"train.resume: {checkpoint} took {state['pairs_per_step']} pairs a step, now it "
+            f"would be {run.pairs_per_step}. Set train.per_device_train_batch_size and "
+            "train.gradient_accumulation_steps so that the product over devices is the same."
+        )
+    if state["data"] != run.data.train.digest:
+        raise UserError(
+            f"train.resume: the pairs have changed since {checkpoint}: their tokens or their "
+            "order differ. Restore the rows, or set train.resume to never."
+        )
+    both = zip(first_reference_logps(run), state["reference_logps"], strict=True)
+    moved = max(abs(now - then) for now, then in both)
+    if state["weights"] != run.weights_digest or not moved <= 0.02:
+        raise UserError(
+            f"train.resume: the reference has changed since {checkpoint}: the files of the model "
+            f"differ, or the log-prob of a token does (by {moved:.3g} nats). Restore the model at "
+            "model.name_or_path, or set train.resume to never."
+        )
+    if run.accelerator.is_main_process:
+        run.means.load(state["sums"])
+    return state
 
 
 def verify(checkpoint: Path) -> None:

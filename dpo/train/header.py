@@ -20,6 +20,8 @@ def header(run: Any) -> str:
         f"{config.model.quantization}, {trained:,} of {total:,} stored parameters train",
         f"reference: {run.reference_mode}; layout: {run.layout}"
         + (f" ({run.layout_reason})" if run.layout_reason else ""),
+        f"memory: {run.budget_reason}",
+        f"reference cache: {run.cached.store.folder if run.cached else 'off'}",
         *run.data.summary,
         f"pairs: {len(run.data.train)} to train on, {len(run.data.held_out)} held out; "
         f"{run.pairs_per_step} a step, {steps} steps an epoch, {run.total_steps} steps",

@@ -2,10 +2,8 @@
 
 import json
 import platform
-import resource
 import sys
-import time
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,14 +89,18 @@ class Tracker:
             self.say(str(finding))
 
     def advance(self, metrics: dict[str, float] | None) -> None:
-        """Moves the bar one step; shows loss, accuracy and margin where they are new."""
+        """Moves the bar one step; shows how well and how fast it goes, where that is new."""
         assert self._bar is not None
         self._bar.update()
         if metrics:
+            speed = f"{metrics['train/pairs_per_second']:.3g} pairs/s"
+            mfu = metrics.get("train/mfu")
             self._bar.set_postfix(
                 loss=f"{metrics['train/loss']:.4f}",
                 acc=f"{metrics['train/rewards/accuracies']:.2f}",
                 margin=f"{metrics['train/rewards/margins']:.3f}",
+                speed=speed if mfu is None else f"{speed}, MFU {mfu:.0%}",
+                mem=f"{metrics['train/memory_gib']:.3g}G",
             )
 
     def say(self, text: str) -> None:
@@ -203,52 +205,8 @@ def side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]], coun
     return "\n".join(parts)
 
 
-@dataclass
-class Window:
-    """What is measured between two logs, apart from the pairs' own metrics."""
-
-    pairs: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    grad_norm: float = 0.0
-    learning_rate: float = 0.0
-    _last: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leaves out the time since the last step."""
-        self._last = time.perf_counter()
-
-    def add(self, pairs: int, tokens: int) -> None:
-        """Counts one step, over all ranks, that has just ended."""
-        now = time.perf_counter()
-        self.pairs, self.tokens = self.pairs + pairs, self.tokens + tokens
-        self.seconds, self._last = self.seconds + now - self._last, now
-
-    def pop(self) -> dict[str, float]:
-        """Metrics of the window; starts a new one."""
-        metrics = {
-            "grad_norm": self.grad_norm,
-            "learning_rate": self.learning_rate,
-            "tokens_per_second": self.tokens / self.seconds,
-            "pairs_per_second": self.pairs / self.seconds,
-            "memory_gib": peak_memory_gib(),
-        }
-        self.pairs, self.tokens, self.seconds = 0, 0, 0.0
-        return metrics
-
-
 def device_name(device: torch.device) -> str:
     """For the run header."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-def peak_memory_gib() -> float:
-    """Of this process since it started: allocated on the GPU, or resident on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

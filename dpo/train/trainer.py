@@ -13,32 +13,50 @@ Left out on purpose: callbacks, and Accelerate's accumulation, schedulers, sampl
 import json
 import math
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from dpo.config import BEST_METRICS, Config, UserError, save
+from dpo.config import BEST_METRICS, Config, TrainConfig, UserError, save
 from dpo.data.loader import balance, load_data, micro_batches, step_indices
 from dpo.data.stream import Stream, TokenizedPair, build_stream
 from dpo.losses import LOSSES, PairLogps
 from dpo.metrics import RunningMeans, pair_metrics
+from dpo.model.costs import costs, peak_tflops, work
+from dpo.model.fingerprint import reference_digest, weights_digest
 from dpo.model.load import load_policy, load_tokenizer
-from dpo.model.reference import build_reference, choose_mode
+from dpo.model.reference import Cached, Reference, build_reference, choose_mode, open_cache
 from dpo.model.scorer import Scorer
 from dpo.show.diagnostics import Watch
 from dpo.show.evaluate import Evaluator, pair_logps
 from dpo.show.report.page import write_report
-from dpo.show.token_rewards import pairs_to_show, token_rewards
+from dpo.show.token_rewards import rewards_to_show
 from dpo.train import checkpoint as checkpoints
+from dpo.train.budget import token_budget
 from dpo.train.header import header
 from dpo.train.launch import build_accelerator, on_main
 from dpo.train.optim import build_optimizer, learning_rate
-from dpo.train.tracking import Tracker, Window, check_trackers, closing_table, side_by_side
+from dpo.train.selfcheck import check_start, first_reference_logps
+from dpo.train.throughput import Stopwatch, Window
+from dpo.train.tracking import (
+    Tracker,
+    check_trackers,
+    closing_table,
+    device_name,
+    side_by_side,
+)
 
-SELF_CHECK_PAIRS = 2
+
+class MicroBatch(NamedTuple):
+    """What is kept of a micro-batch once its gradient is there: places in the step, and values."""
+
+    positions: list[int]
+    losses: Tensor
+    metrics: Tensor
 
 
 def train(config: Config) -> Path:
@@ -49,7 +67,7 @@ def train(config: Config) -> Path:
         RuntimeError: the start-up self-check or a gradient shows numbers that cannot be trusted.
     """
     run = Run(config)
-    run.check_start()
+    check_start(run)
     if not run.start_step:
         run.evaluate(step=0)
     for step in range(run.start_step + 1, run.total_steps + 1):
@@ -59,6 +77,8 @@ def train(config: Config) -> Path:
             run.evaluate(step)
         if run.is_due(step, config.train.save_steps):
             run.save(step)
+        elif run.ends_epoch(step):
+            run.share_reference()
     return run.finish()
 
 
@@ -76,38 +96,46 @@ class Run:
         self.tokenizer = load_tokenizer(config.model)
         with accelerator.main_process_first():  # the others find the tokenised pairs in the cache
             self.data = load_data(config, self.tokenizer)
-        self.pairs_per_step = (
-            config.train.per_device_train_batch_size
-            * config.train.gradient_accumulation_steps
-            * accelerator.num_processes
+        self.pairs_per_step, self.total_steps = step_counts(
+            config.train, len(self.data.train), accelerator.num_processes
         )
-        self.total_steps = _total_steps(config, len(self.data.train), self.pairs_per_step)
 
         set_seed(config.train.seed)
         self.policy = load_policy(config, accelerator.device)
         scorer = Scorer(self.policy.model, config.model.attention)
-        self.layout, self.layout_reason = scorer.layout, scorer.layout_reason
+        self.layout: Literal["shared", "padded"] = scorer.layout
+        self.layout_reason = scorer.layout_reason
         optimizer = build_optimizer(self.policy.model, config.optim)
         self.scorer, self.optimizer = accelerator.prepare(
             scorer, optimizer, device_placement=[False, False]
         )
         # Before a checkpoint is loaded: the reference is what the policy was at step 0.
         self.reference_mode = choose_mode(config.reference.mode, self.policy)
-        self.reference = build_reference(self.reference_mode, self.scorer, self.policy, self.layout)
+        self.live_reference = build_reference(
+            self.reference_mode, self.scorer, self.policy, self.layout
+        )
+        self.cached = self._cached()
+        self.reference: Reference = self.cached or self.live_reference
         self.evaluator = Evaluator(
             config,
             accelerator,
             self.policy.model,
             self.scorer,
             self.reference,
+            self.live_reference,
             self.tokenizer,
             self.data.held_out,
             accelerator.device,
         )
         self.means = RunningMeans(accelerator.device)
-        self.window = Window()
-        self.best: float | None = None
-        self.start_step = self._resume(resume_from) if resume_from else 0
+        self.costs = costs(self.policy.model)
+        self.stopwatch = Stopwatch(accelerator.device)
+        known_peak = peak_tflops(device_name(accelerator.device))
+        self.window = Window(self.stopwatch, config.train.peak_tflops or known_peak)
+        state = checkpoints.resume(self, resume_from) if resume_from else {}
+        self.start_step: int = state.get("step", 0)
+        self.best: float | None = state.get("best")
+        self.budget, self.budget_reason = token_budget(self, state)
         # Only now, when nothing can be wrong with the configuration any more, is anything written.
         has_reference = self.reference_mode != "zero"
         watch = Watch(config.loss.beta if has_reference else None)
@@ -123,30 +151,80 @@ class Run:
 
     def train_step(self, step: int) -> None:
         """One optimizer step, counted from 1, on this rank's part of its pairs."""
-        indices = self._indices(step)
-        pairs = [self.data.train[i] for i in indices]
-        num_tokens = [pair.num_stream_tokens for pair in pairs]
-        mine = balance(num_tokens, self.accelerator.num_processes)[self.accelerator.process_index]
-        bins = micro_batches([num_tokens[i] for i in mine], self.config.train.tokens_per_microbatch)
-        losses_seen: list[tuple[list[int], Tensor]] = []
-        for number, positions in enumerate(bins):
-            is_last = number == len(bins) - 1
-            self._seed_dropout(step, number)
-            stream = build_stream([pairs[mine[i]] for i in positions]).to(self.accelerator.device)
-            with nullcontext() if is_last else self.accelerator.no_sync(self.scorer):
-                logps, losses = self._score(stream)
-                # DDP averages gradients over ranks; times their number, it sums them.
-                scale = self.accelerator.num_processes / len(pairs)
-                self.accelerator.backward(losses.sum() * scale)
-            self.means.add(pair_metrics(logps, losses, beta=self.config.loss.beta))
-            losses_seen.append(([int(indices[mine[i]]) for i in positions], losses.detach()))
-        self._update(step, losses_seen)
+        with self.stopwatch.part("data", on_host=True):
+            indices = self.indices(step)
+            pairs = [self.data.train[i] for i in indices]
+            num_tokens = [pair.num_stream_tokens for pair in pairs]
+            ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+            mine = balance(num_tokens, ranks)[rank]
+        seen = self._gradient(step, [pairs[i] for i in mine], pairs_in_step=len(pairs))
+        for micro_batch in seen:
+            self.means.add(micro_batch.metrics)
+        self._update(step, [([int(indices[mine[i]]) for i in m.positions], m.losses) for m in seen])
+        if self.cached:
+            self.cached.settle()  # the norm was read: the device has nothing left to do
         self.window.add(len(pairs), sum(num_tokens))
+
+    def _gradient(
+        self, step: int, pairs: list[TokenizedPair], *, pairs_in_step: int
+    ) -> list[MicroBatch]:
+        """Sums the gradient of this rank's pairs, over smaller micro-batches where memory runs out.
+
+        The smallest micro-batch comes last: under DDP its backward reduces the gradient over ranks,
+        which cannot be begun again.
+        """
+        num_tokens = [pair.num_stream_tokens for pair in pairs]
+        while True:
+            bins = micro_batches(num_tokens, self.budget)
+            bins.sort(key=lambda positions: -sum(num_tokens[i] for i in positions))
+            seen: list[MicroBatch] = []
+            try:
+                for number, positions in enumerate(bins):
+                    with self.stopwatch.part("data", on_host=True):
+                        stream = build_stream([pairs[i] for i in positions])
+                        stream = stream.to(self.accelerator.device)
+                    self._seed_dropout(step, number)
+                    is_last = number == len(bins) - 1
+                    with nullcontext() if is_last else self.accelerator.no_sync(self.scorer):
+                        seen.append(MicroBatch(positions, *self._backward(stream, pairs_in_step)))
+                return seen
+            except torch.OutOfMemoryError:
+                pass  # left at once, and with it all that its traceback keeps alive
+            is_reducing = self.accelerator.num_processes > 1 and len(seen) == len(bins) - 1
+            self._halve_budget([[num_tokens[i] for i in b] for b in bins], is_reducing=is_reducing)
+            self.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+
+    def _halve_budget(self, bins: list[list[int]], *, is_reducing: bool) -> None:
+        """After running out of memory, smaller micro-batches; `bins`: tokens of the pairs in each.
+
+        Raises:
+            UserError: every micro-batch has one pair already, or cannot be begun again.
+        """
+        if is_reducing or all(len(tokens) <= 1 for tokens in bins):
+            what = "while ranks were reducing a gradient" if is_reducing else "with one pair"
+            raise UserError(
+                f"train.tokens_per_microbatch: a micro-batch ran out of memory {what}; the largest "
+                f"has {sum(bins[0])} tokens. Set it lower, set train.gradient_checkpointing to "
+                "true, lower data.max_length, or quantise the model."
+            )
+        self.budget = sum(bins[0]) // 2
+        self.tracker.say(f"out of memory: from here on {self.budget} tokens a micro-batch")
+
+    def _backward(self, stream: Stream, pairs_in_step: int) -> tuple[Tensor, Tensor]:
+        """Adds the gradient of one micro-batch; returns its losses and metrics, by pair."""
+        logps, losses = self._score(stream)
+        # DDP averages gradients over ranks; times their number, it sums them.
+        self.accelerator.backward(losses.sum() * (self.accelerator.num_processes / pairs_in_step))
+        return losses.detach(), pair_metrics(logps, losses, beta=self.config.loss.beta)
 
     def _score(self, stream: Stream) -> tuple[PairLogps, Tensor]:
         """Log-probs under both models, one loss per pair. The policy first: FSDP wants it so."""
         policy = self.scorer(stream)
-        logps = pair_logps(stream, policy, self.reference(stream))
+        with self.stopwatch.part("reference"):
+            reference = self.reference(stream)
+        self.window.flops += self._flops(stream)
+        logps = pair_logps(stream, policy, reference)
         return logps, LOSSES[self.config.loss.type](logps, **self.config.loss.options)
 
     def _update(self, step: int, losses_seen: list[tuple[list[int], Tensor]]) -> None:
@@ -192,12 +270,15 @@ class Run:
 
     def save(self, step: int) -> None:
         """Writes `checkpoint-{step}`."""
+        self.share_reference()  # so that a resumed run finds what this one will find
         state = {
             "pairs_per_step": self.pairs_per_step,
+            "tokens_per_microbatch": self.budget,
             "data": self.data.train.digest,
+            "weights": self.weights_digest,
             "sums": self.means.state(self._sum_over_ranks),
             "best": self.best,
-            "reference_logps": self._reference_logps(),
+            "reference_logps": first_reference_logps(self),
         }
         if self.accelerator.is_main_process:
             checkpoints.save_checkpoint(
@@ -212,8 +293,16 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.window.restart_clock()
 
+    def share_reference(self) -> None:
+        """What any rank has computed of the reference is on disk, and found by all."""
+        if self.cached:
+            self.cached.flush()
+            self.accelerator.wait_for_everyone()
+            self.cached.store.refresh()
+
     def finish(self) -> Path:
         """Writes `final/` and `summary.json`, and prints the held-out figures before and after."""
+        self.share_reference()
         if self.accelerator.is_main_process:
             final = self.folder / "final"
             checkpoints.save_weights(self.policy.model, final)
@@ -228,6 +317,8 @@ class Run:
             if evaluations:
                 old, new = (self.tracker.samples_at(line["step"]) for line in (before, after))
                 print(f"\n{closing_table(before, after)}\n\n{side_by_side(old, new)}")
+            if self.cached:
+                print(self.cached.summary())
             print(f"The trained model is in {final}.")
             if self.config.train.write_report:
                 print(f"The report is in {write_report(self.folder)}.")
@@ -235,49 +326,38 @@ class Run:
         self.accelerator.end_training()  # closes trackers and the process group: nothing after it
         return self.folder
 
-    def check_start(self) -> None:
-        """Refuses to train on numbers that cannot be trusted.
-
-        Both layouts must agree on the first pairs, and on a first start the policy must *be* the
-        reference: rewards 0, and so a sigmoid loss of ln 2.
-        """
-        stream = self._first_pairs()
-        for name, module in self.scorer.named_modules():
-            if "lora_dropout" in name:  # what the policy has and the reference has not
-                module.eval()
-        with torch.no_grad():
-            policy, reference = self.scorer(stream), self.reference(stream)
-            if not self.start_step and self.reference_mode != "zero":
-                self._check_reference(policy, reference)
-            if self.layout == "shared":
-                self._check_layouts(policy, Scorer(self.policy.model, attention="padded")(stream))
-        self.scorer.train()
-
-    def _check_reference(self, policy: Tensor, reference: Tensor) -> None:
-        worst = (policy - reference).abs().max().item()
-        if not worst <= 1e-4:
-            raise RuntimeError(
-                f"self-check: before the first update the policy must be the reference, but the "
-                f"log-prob of a token differs by {worst:.3g} nats, wanted at most 0.0001. Training "
-                "would pull towards another model."
-            )
-
-    def _check_layouts(self, shared: Tensor, padded: Tensor) -> None:
-        is_half = torch.finfo(next(self.policy.model.parameters()).dtype).bits < 32
-        allowed = 0.05 if is_half or self.config.model.quantization != "none" else 1e-4
-        mean = (shared - padded).abs().mean().item()
-        if not mean <= allowed:
-            raise RuntimeError(
-                f"self-check: shared and padded layouts differ by {mean:.3g} nats per token, "
-                f"wanted at most {allowed}. Set model.attention to padded and report the model."
-            )
-
     @staticmethod
     def is_due(step: int, every: int) -> bool:
         """Whether something that happens every so many steps (0: never) happens now."""
         return every > 0 and step % every == 0
 
-    def _indices(self, step: int) -> list[int]:
+    def ends_epoch(self, step: int) -> bool:
+        """Whether the step is the last of an epoch: in the next one, pairs go to other ranks."""
+        return self.is_due(step, math.ceil(len(self.data.train) / self.pairs_per_step))
+
+    def _cached(self) -> Cached | None:
+        """The cache that `reference.cache` names, before the live reference."""
+        config = self.config
+        if config.reference.cache == "off" or self.reference_mode == "zero":
+            return None
+        kind = {"layout": self.layout, "device_type": self.accelerator.device.type}
+        digest = on_main(self.accelerator, lambda: reference_digest(config.model, **kind))
+        return Cached(self.live_reference, open_cache(config.reference.cache, digest))
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """Of the model's files: what the policy was at step 0."""
+        return on_main(self.accelerator, lambda: weights_digest(self.config.model))
+
+    def _flops(self, stream: Stream) -> float:
+        """Of policy and reference on one micro-batch, this rank's part of the step."""
+        its_work = work(stream.segments, len(stream.targets), self.layout)
+        flops = self.costs.flops(its_work)
+        known = self.cached.last_found_share if self.cached else self.reference_mode == "zero"
+        return flops.total - flops.reference * known
+
+    def indices(self, step: int) -> list[int]:
+        """Which pairs the step sees, on all ranks together."""
         seed = self.config.train.seed
         return step_indices(len(self.data.train), self.pairs_per_step, seed, step - 1).tolist()
 
@@ -285,42 +365,6 @@ class Run:
         """LoRA's dropout as a function of where we are: nothing to save, nothing to restore."""
         place = (self.config.train.seed, step, micro_batch, self.accelerator.process_index)
         torch.manual_seed(hash(place))
-
-    def _first_pairs(self) -> Stream:
-        """The shortest of the first step's pairs: the self-check costs little and fits anywhere."""
-        pairs: list[TokenizedPair] = [self.data.train[i] for i in self._indices(1)]
-        pairs.sort(key=lambda pair: pair.num_stream_tokens)
-        return build_stream(pairs[:SELF_CHECK_PAIRS]).to(self.accelerator.device)
-
-    def _reference_logps(self) -> list[float]:
-        """The reference's token log-probs on the first pairs: they tell references apart."""
-        return self.reference(self._first_pairs()).tolist()
-
-    def _resume(self, checkpoint: Path) -> int:
-        state = checkpoints.load_checkpoint(checkpoint, self.policy.model, self.optimizer.optimizer)
-        if state["pairs_per_step"] != self.pairs_per_step:
-            raise UserError(
-                f"train.resume: {checkpoint} took {state['pairs_per_step']} pairs a step, now it "
-                f"would be {self.pairs_per_step}. Set train.per_device_train_batch_size and "
-                "train.gradient_accumulation_steps so that the product over devices is the same."
-            )
-        if state["data"] != self.data.train.digest:
-            raise UserError(
-                f"train.resume: the pairs have changed since {checkpoint}: their tokens or their "
-                "order differ. Restore the rows, or set train.resume to never."
-            )
-        both = zip(self._reference_logps(), state["reference_logps"], strict=True)
-        moved = max(abs(now - then) for now, then in both)
-        if not moved <= 0.02:
-            raise UserError(
-                f"train.resume: the reference has changed since {checkpoint}: a token's log-prob "
-                f"differs by {moved:.3g} nats. Restore the model at model.name_or_path, or set "
-                "train.resume to never."
-            )
-        if self.accelerator.is_main_process:
-            self.means.load(state["sums"])
-        self.best = state["best"]
-        return state["step"]
 
     def _keep_best(self, step: int, metrics: dict[str, float]) -> None:
         name = self.config.train.metric_for_best_model
@@ -336,21 +380,19 @@ class Run:
 
     def _token_rewards(self) -> list[dict[str, Any]]:
         """Some held-out pairs, token by token, under the weights as they are now."""
-        logps, held_out, beta = (
-            self.tracker.last_held_out(),
-            self.data.held_out,
-            self.config.loss.beta,
-        )
+        logps = self.tracker.last_held_out()
         if logps is None:
             return []
         self.scorer.eval()
-        context = (self.scorer, self.reference, self.tokenizer)
-        device = self.accelerator.device
-        return [
-            {"row": held_out.row_name(i), "why": why}
-            | token_rewards(held_out[i], *context, beta=beta, device=device)
-            for i, why in pairs_to_show(logps, beta=beta)
-        ]
+        return rewards_to_show(
+            self.data.held_out,
+            logps,
+            self.scorer,
+            self.reference,
+            self.tokenizer,
+            beta=self.config.loss.beta,
+            device=self.accelerator.device,
+        )
 
     def _not_finite(self, step: int, losses_seen: list[tuple[list[int], Tensor]]) -> str:
         bad = [
@@ -372,7 +414,11 @@ class Run:
         return self.accelerator.reduce(values, reduction="sum")  # type: ignore[return-value]
 
 
-def _total_steps(config: Config, num_pairs: int, pairs_per_step: int) -> int:
-    if config.train.max_steps > 0:
-        return config.train.max_steps
-    return config.train.num_train_epochs * math.ceil(num_pairs / pairs_per_step)
+def step_counts(config: TrainConfig, num_pairs: int, num_processes: int) -> tuple[int, int]:
+    """Pairs in a step over all processes, and steps in the run."""
+    pairs_per_step = (
+        config.per_device_train_batch_size * config.gradient_accumulation_steps * num_processes
+    )
+    if config.max_steps > 0:
+        return pairs_per_step, config.max_steps
+    return pairs_per_step, config.num_train_epochs * math.ceil(num_pairs / pairs_per_step)

@@ -1,10 +1,12 @@
 """What is scored of an answer, token by token, under the templates of well-known families."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers import AddedToken
 
 from dpo.config import UserError
 from dpo.data.audit import MAX_ROWS_NAMED, Audit, Limits, Tally
@@ -551,6 +553,98 @@ def test_the_border_is_the_longest_common_prefix_and_nothing_is_lost(prompt, cho
     if border < len(alone):
         assert audit.noted[MERGED].rows == [1]
         assert any(ids[border : border + 1] != alone[border : border + 1] for ids in whole)
+
+
+# What prompt and answers have in common is encoded once
+
+
+def encoded(tokenizer, template, texts, dividers=None):
+    """Token ids as they are made, and those of the whole texts."""
+    chat = ChatTokenizer(tokenizer, template, ROOM, Audit())
+    if dividers is not None:
+        chat._dividers = dividers
+    (ids,) = chat._encode_rows([texts])
+    return ids, chat._encode(texts)
+
+
+MARKERS = ("<|im_start|>", "<|im_end|>")
+FRAGMENTS = (
+    *MARKERS,
+    *"<|im_ start|> < | > <turn> </turn> <|end|> <s> </s> <think> <end_of_turn>".split(),
+    *"the a : ▁ é".split(),
+    *(" ", "  ", "\n", "\n\n"),
+)
+PIECES = st.lists(st.sampled_from(FRAGMENTS)).map("".join)
+
+
+@pytest.fixture(scope="module")
+def marked_sentencepiece(sentencepiece):
+    tokenizer = copy.deepcopy(sentencepiece)
+    markers = [AddedToken(marker, special=True, normalized=False) for marker in MARKERS]
+    tokenizer.add_tokens(markers, special_tokens=True)
+    return tokenizer
+
+
+@given(prompt=PIECES, chosen=PIECES, rejected=PIECES)
+@settings(deadline=None, max_examples=50)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_ids_are_those_of_the_whole_texts_wherever_control_tokens_stand(
+    family, prompt, chosen, rejected
+):
+    texts = [prompt, prompt + chosen, prompt + rejected]
+    ids, whole = encoded(build(family), family.template, texts)
+    assert ids == whole
+
+
+@given(prompt=PIECES, chosen=PIECES, rejected=PIECES)
+@settings(deadline=None)
+def test_ids_are_those_of_the_whole_texts_under_sentencepiece(
+    marked_sentencepiece, prompt, chosen, rejected
+):
+    """Its first word has a space before it that no other has."""
+    texts = [prompt, prompt + chosen, prompt + rejected]
+    ids, whole = encoded(marked_sentencepiece, CHATML, texts)
+    assert ids == whole
+    chat = ChatTokenizer(marked_sentencepiece, CHATML, ROOM, Audit())
+    assert chat._dividers == [*MARKERS]
+
+
+def test_the_prompt_of_a_chat_goes_through_the_tokenizer_once(monkeypatch):
+    seen, encode = [], ChatTokenizer._encode
+
+    def noted(self, texts, **how):
+        seen.extend(texts)
+        return encode(self, texts, **how)
+
+    tokenizer = build(FAMILIES["chatml"])
+    chat = ChatTokenizer(tokenizer, CHATML, ROOM, Audit())
+    monkeypatch.setattr(ChatTokenizer, "_encode", noted)
+    assert len(list(chat.tokenize([(1, messages("the question"))]))) == 1
+    assert seen == [
+        "<|im_start|>user\nthe question<|im_end|>\n",
+        "<|im_start|>assistant\n",
+        "<|im_start|>assistant\nThe Rhine.<|im_end|>\n",
+        "<|im_start|>assistant\nParis.<|im_end|>\n",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("other", "prompt"),
+    [
+        (AddedToken("x<|e", normalized=False), "x<|end|>"),
+        (AddedToken("<|end|>!", normalized=False, single_word=True), "x<|end|>!"),
+        (AddedToken("<|end|>", normalized=False, lstrip=True), "x <|end|>"),
+    ],
+    ids=["reached across", "a longer one looks back", "takes the space before it"],
+)
+def test_a_control_token_that_does_not_part_the_text_is_no_divider(other, prompt):
+    tokenizer = build(Family(template="<|end|>", special=("</s>",), eos="</s>"))
+    tokenizer.add_tokens([AddedToken("<|end|>", normalized=False), other])
+    texts = [prompt, prompt + "a", prompt + "!"]
+    ids, whole = encoded(tokenizer, "<|end|>", texts)
+    assert ids == whole
+    ids, whole = encoded(tokenizer, "<|end|>", texts, ["<|end|>"])
+    assert ids != whole
 
 
 def test_tokenising_prompt_and_answer_apart_would_give_other_tokens():

@@ -2,19 +2,28 @@
 
 import json
 import math
+import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
+from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import dpo.data.loader as loader
 from dpo.config import Config, DataSource, UserError
+from dpo.data import loader, tokens
+from dpo.data.audit import Audit
 from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer
+from dpo.data.formats import to_preference
 from dpo.data.loader import balance, load_data, micro_batches, step_indices
 from tests.data.tokenizers import BASE, FAMILIES, GPT_2, Family, build
 
@@ -39,15 +48,16 @@ def write(tmp_path):
 
 @pytest.fixture
 def tokenised(monkeypatch):
-    """The rows that went through the tokenizer, as they go."""
+    """The rows that went through the tokenizer, as they go; in one process, or they go unseen."""
     rows = []
-    tokenize = ChatTokenizer.tokenize
+    monkeypatch.setattr(tokens, "_num_workers", lambda num_rows: 1)
+    tokenize = ChatTokenizer.tokenize_prompts
 
     def counted(self, batch):
         rows.extend(row for row, _ in batch)
         return tokenize(self, batch)
 
-    monkeypatch.setattr(ChatTokenizer, "tokenize", counted)
+    monkeypatch.setattr(ChatTokenizer, "tokenize_prompts", counted)
     return rows
 
 
@@ -161,7 +171,7 @@ def test_the_report_counts_every_reason_with_its_rows(write):
 
 
 def test_rows_of_several_batches_are_all_there_once(write, monkeypatch):
-    monkeypatch.setattr(loader, "BATCH_ROWS", 3)
+    monkeypatch.setattr(tokens, "BATCH_ROWS", 3)
     data = load(write([*rows(4), row("x", "same", "same"), *rows(3), row("x", " ", "y")]))
     assert names(data.train) == ["1", "2", "3", "4", "6", "7", "8"]
     assert (data.report["rows_read"], data.report["pairs_kept"]) == (9, 7)
@@ -220,7 +230,7 @@ def test_more_than_two_percent_of_them_is_an_error_that_names_rows(write, cache)
 def test_a_set_that_cannot_be_used_is_refused_before_it_is_read_to_its_end(
     write, monkeypatch, tokenised
 ):
-    monkeypatch.setattr(loader, "BATCH_ROWS", 10)
+    monkeypatch.setattr(tokens, "BATCH_ROWS", 10)
     with pytest.raises(UserError, match="in 3 of the first 10 rows"):
         load(write(fickle_rows(100, {1, 2, 3})), FICKLE)
     assert tokenised == list(range(1, 11))
@@ -354,11 +364,68 @@ def test_an_eval_path_without_a_usable_pair_is_an_empty_hold_out(write):
 # The cache
 
 
-def test_tokens_lie_in_a_memory_mapped_file(write, cache):
-    data = load(write(rows(3)))
-    ((_, table),) = data.train._tables
-    (file,) = table.cache_files
-    assert file["filename"].startswith(str(cache))
+def test_splits_and_subsets_of_one_folder_of_files_are_told_apart(tmp_path):
+    """The same files, of which each part is tokenised for itself."""
+    folder = tmp_path / "clone" / "data"
+    folder.mkdir(parents=True)
+    for split, number in (("train", 3), ("test", 2)):
+        table = datasets.Dataset.from_list(rows(number))
+        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    path = str(tmp_path / "clone")
+    data = load(path, eval_path=path, eval_split="test")
+    assert (len(data.train), len(data.held_out)) == (3, 2)
+
+
+def test_the_digest_tells_tokens_and_order_apart_and_not_how_they_were_batched(write, monkeypatch):
+    path = write(rows(20))
+    first = load(path).train
+    assert first.select(np.arange(20)[::-1]).digest != first.digest
+    assert first.select(np.arange(19)).digest != first.digest
+    assert load(write([*rows(19), row("question 20", "no", "yes")], "b.jsonl")).train.digest != (
+        first.digest
+    )
+    moved = load(write([None, *rows(20)], "c.jsonl")).train  # the same pairs, on other lines
+    monkeypatch.setattr(tokens, "BATCH_ROWS", 3)
+    monkeypatch.setattr(tokens, "_code_digest", lambda: "another")
+    again = load(path).train
+    assert first.digest == again.digest == moved.digest
+    assert names(moved) != names(again)
+
+
+def test_a_pair_is_found_in_whichever_block_it_lies(write, monkeypatch):
+    """Blocks of 3 pairs across batches of 4 rows, of which some are dropped."""
+    monkeypatch.setattr(tokens, "BATCH_ROWS", 4)
+    monkeypatch.setattr(tokens, "BLOCK_PAIRS", 3)
+    kept = [i for i in range(1, 24) if i % 5]
+    given = [row(f"question {i}", "yes", "no" if i % 5 else "yes") for i in range(1, 24)]
+    data = load(write(given))
+    assert names(data.train) == [*map(str, kept)]
+    tokenizer = build(BASE)
+    asked = [tokenizer.decode(pair.prompt_ids) for pair in data.train]
+    assert asked == [f"<s>question {i}" for i in kept]
+    with pytest.raises(IndexError):
+        data.train[len(kept)]
+
+
+def test_opening_and_reading_pairs_takes_no_memory_that_grows_with_the_file(write):
+    """One block, and the index of blocks: 40 times the rows take no more."""
+    (small, _), (large, size) = (held_while_reading(write(rows(n))) for n in (100, 3900))
+    assert large < 1.5 * small
+    assert large < size / 10
+
+
+def held_while_reading(path):
+    """The largest number of bytes that Arrow held while pairs were read, and those of the file."""
+    load(path)
+    before = pa.total_allocated_bytes()
+    data = load(path)
+    ((_, file),) = data.train._files
+    held = []
+    for i in range(len(data.train)):
+        block = file._blocks.get_batch(i // tokens.BLOCK_PAIRS)
+        held.append(pa.total_allocated_bytes() - before)
+        del block
+    return max(held), (file._folder / "pairs.arrow").stat().st_size
 
 
 def test_the_same_content_is_tokenised_once_whatever_else_changes(write, tokenised, cache):
@@ -417,7 +484,7 @@ def test_another_tokenizer_tokenises_again(write, tokenised):
 def test_changed_code_tokenises_again(write, tokenised, monkeypatch):
     path = write(rows(2))
     load(path)
-    monkeypatch.setattr(loader, "_code_digest", lambda: "another")
+    monkeypatch.setattr(tokens, "_code_digest", lambda: "another")
     load(path)
     assert tokenised == [1, 2, 1, 2]
 
@@ -430,7 +497,7 @@ def test_another_process_finds_the_tokens(write, tokenised, cache):
         "import datasets, pathlib, sys\n"
         "from tests.data.test_loader import BASE, ChatTokenizer, build, config, load_data\n"
         "datasets.config.HF_DATASETS_CACHE = pathlib.Path(sys.argv[2])\n"
-        "ChatTokenizer.tokenize = None\n"
+        "ChatTokenizer.tokenize_prompts = None\n"
         "print(len(load_data(config(sys.argv[1]), build(BASE)).train))\n"
     )
     done = subprocess.run(
@@ -445,20 +512,20 @@ def test_another_process_finds_the_tokens(write, tokenised, cache):
 
 def test_an_interrupted_write_leaves_nothing(write, cache, monkeypatch, tokenised):
     path = write(rows(5))
-    monkeypatch.setattr(loader, "BATCH_ROWS", 2)
-    read = loader.to_preference
+    monkeypatch.setattr(tokens, "BATCH_ROWS", 2)
+    read = tokens.to_preference
 
     def interrupted(value, *args, **kwargs):
         if value["prompt"] == "question 4":
             raise KeyboardInterrupt
         return read(value, *args, **kwargs)
 
-    monkeypatch.setattr(loader, "to_preference", interrupted)
+    monkeypatch.setattr(tokens, "to_preference", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load(path)
     assert list(cache.iterdir()) == []
     assert tokenised == [1, 2]
-    monkeypatch.setattr(loader, "to_preference", read)
+    monkeypatch.setattr(tokens, "to_preference", read)
     assert len(load(path).train) == 5
 
 
@@ -473,14 +540,14 @@ def test_what_a_killed_process_left_behind_is_not_used(write, cache, monkeypatch
 def test_two_processes_that_tokenise_at_once_agree(write, cache, monkeypatch):
     """The second finds the folder there when it is done, and takes it."""
     path = write(rows(3))
-    write_pairs = loader._write_pairs
+    write_files = tokens._write_files
 
     def overtaken(*args):
-        monkeypatch.setattr(loader, "_write_pairs", write_pairs)
+        monkeypatch.setattr(tokens, "_write_files", write_files)
         load(path)
-        write_pairs(*args)
+        write_files(*args)
 
-    monkeypatch.setattr(loader, "_write_pairs", overtaken)
+    monkeypatch.setattr(tokens, "_write_files", overtaken)
     assert len(load(path).train) == 3
     assert len(list(cache.iterdir())) == 1
 
@@ -501,6 +568,179 @@ def test_the_quickstart_rows_are_tokenised_with_none_lost():
     assert (data.report["cut"], data.report["noted"]) == ({}, {})
     ends = {ids[-1] for pair in data.train for ids in (pair.chosen_ids, pair.rejected_ids)}
     assert ends == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+
+# Worker processes
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """Two of them, for any number of rows, and batches of three."""
+    monkeypatch.setattr(tokens, "BATCH_ROWS", 3)
+    monkeypatch.setattr(tokens, "_num_workers", lambda num_rows: 2)
+
+
+MIXED = [
+    *rows(7),
+    row("x", "same", "same"),
+    *rows(4),
+    row(" ", "y", "z"),
+    row("y", "</s> in text", "z"),
+    row("long" * 8, "y", "z"),
+    *rows(5),
+]
+
+
+def written(path, cache, **options):
+    """The bytes of every file that tokenising leaves behind, and the report."""
+    report = load(path, **options).report
+    (entry,) = cache.iterdir()
+    files = {file.name: file.read_bytes() for file in entry.iterdir()}
+    shutil.rmtree(entry)
+    return files, report
+
+
+def test_two_workers_write_what_one_writes_byte_for_byte(write, cache, monkeypatch):
+    monkeypatch.setattr(tokens, "BATCH_ROWS", 3)
+    path, options = write(MIXED), {"max_prompt_length": 20, "max_length": 40}
+    monkeypatch.setattr(tokens, "_num_workers", lambda num_rows: 1)
+    alone = written(path, cache, **options)
+    monkeypatch.setattr(tokens, "_num_workers", lambda num_rows: 2)
+    monkeypatch.setattr(tokens, "to_preference", None)  # here; a worker has its own
+    start = tokens._start_worker
+
+    def start_worker(work):
+        tokens.to_preference = to_preference
+        start(work)
+
+    monkeypatch.setattr(tokens, "_start_worker", start_worker)
+    assert written(path, cache, **options) == alone
+    assert multiprocessing.active_children() == []
+    assert alone[1]["dropped"]["identical answers"] == {"count": 1, "rows": [8]}
+    assert {*alone[1]["cut"], *alone[1]["noted"]} == {
+        "prompt",
+        "control token in text, neutralised",
+    }
+    assert written(write(MIXED[::-1]), cache, **options)[0] != alone[0]
+
+
+def test_rows_stay_in_order_though_the_first_batch_takes_longest(write, workers, monkeypatch):
+    read = tokens.to_preference
+
+    def slow(value, *args, **kwargs):
+        time.sleep(0.2 if value["prompt"] in ("question 1", "question 2") else 0)
+        return read(value, *args, **kwargs)
+
+    monkeypatch.setattr(tokens, "to_preference", slow)
+    assert names(load(write(rows(30))).train) == [str(i) for i in range(1, 31)]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_first_bad_row_is_told_whoever_meets_it(tmp_path, cache, workers, monkeypatch, number):
+    """Line 8 is no JSON and read before the rows of its batch, and of others, are looked at."""
+    path = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(tokens, "_num_workers", lambda num_rows: number)
+    good, long, answerless = json.dumps(row("x")), json.dumps(row("b" * 20)), '{"prompt": "x"}'
+    options = {"on_overlong": "error", "max_prompt_length": 15, "max_length": 30}
+    for bad, told in [
+        ([long, answerless, good, "{"], r"rows\.jsonl: row 5: too long \(prompt\)"),
+        ([good, answerless, long, "{"], r"rows\.jsonl, line 6: 'chosen' is missing"),
+        ([good, good, long, "{"], r"rows\.jsonl: row 7: too long \(prompt\)"),
+        ([good, good, good, "{"], r"rows\.jsonl, line 8: not JSON"),
+    ]:
+        path.write_text("\n".join([good] * 4 + bad + [good] * 4))
+        with pytest.raises(UserError, match=told):
+            load(str(path), format="text", **options)
+    assert (list(cache.iterdir()), multiprocessing.active_children()) == ([], [])
+
+
+def test_a_set_that_cannot_be_used_is_refused_by_workers_too(write, cache, workers):
+    with pytest.raises(UserError, match=r"in 3 of the first 3 rows \(such as 1, 2, 3\)"):
+        load(write(fickle_rows(60, {1, 2, 3})), FICKLE)
+    assert (list(cache.iterdir()), multiprocessing.active_children()) == ([], [])
+
+
+def test_only_a_few_batches_are_read_ahead(workers):
+    """Two for each of two workers and one: a set of any size is not read at once."""
+    made = tokens._Tokenized(pa.RecordBatch.from_pylist([{"row": 1}]), np.arange(1), Audit())
+    read = []
+
+    def batches():
+        for number in range(100):
+            read.append(number)
+            yield tokens._Batch([])
+
+    with closing(tokens._in_order(lambda batch: made, batches(), 2)) as results:
+        assert next(results) == made
+        assert len(read) == 5
+
+
+INTERRUPTED = """
+import datasets, os, pathlib, signal, sys, threading, time
+from dpo.data import tokens
+from tests.data.test_loader import BASE, build, config, load_data
+
+datasets.config.HF_DATASETS_CACHE = pathlib.Path(sys.argv[2])
+tokens.BATCH_ROWS, tokens._num_workers = 3, lambda num_rows: 2
+tokens.to_preference = lambda *args, **kwargs: time.sleep(60)
+start = tokens._start_worker
+tokens._start_worker = lambda work: (print(os.getpid(), flush=True), start(work))
+load_data(config(sys.argv[1]), build(BASE))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_or_killed_process_leaves_no_worker(write, cache, number):
+    """Ctrl-C reaches the whole group of processes; a kill only the first of them."""
+    path = write(rows(30))
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, path, str(cache.parent)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    workers = [int(process.stdout.readline()) for _ in range(2)]
+    assert all(map(runs, workers))
+    time.sleep(0.2)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.kill()
+    _, said = process.communicate(timeout=20)
+    deadline = time.monotonic() + 10
+    while any(map(runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(runs, workers))
+    if number == signal.SIGINT:
+        assert said.count("Traceback") == 1
+        assert said.rstrip().endswith("KeyboardInterrupt")
+        assert list(cache.iterdir()) == []
+
+
+def runs(pid):
+    """Whether there is such a process, and it is not one that has ended and waits to be noted."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("before", [None, "true"])
+def test_the_environment_is_left_as_it_was(write, workers, monkeypatch, capfd, before):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if before:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
+    build(BASE)(["a", "b"])  # threads of the tokenizer, which it would warn of after a fork
+    assert len(load(write(rows(30))).train) == 30
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_small_set_needs_no_worker_and_a_large_one_takes_every_core():
+    cores = len(os.sched_getaffinity(0))
+    assert tokens._num_workers(0) == tokens._num_workers(3999) == 1
+    assert tokens._num_workers(10**9) == min(cores, tokens.MAX_WORKERS)
 
 
 # The order
@@ -574,8 +814,8 @@ def test_no_bin_is_fuller_than_another_by_more_than_its_last_pair(num_tokens, nu
     bins = balance(num_tokens, num_bins)
     assert sorted(i for b in bins for i in b) == list(range(len(num_tokens)))
     filled = [sum(num_tokens[i] for i in b) for b in bins]
-    for b, tokens in zip(bins, filled, strict=True):
-        assert not b or tokens - num_tokens[b[-1]] <= min(filled)
+    for b, num in zip(bins, filled, strict=True):
+        assert not b or num - num_tokens[b[-1]] <= min(filled)
 
 
 @given(num_tokens=st.lists(st.integers(1, 50), max_size=40), budget=st.integers(50, 150))

@@ -181,8 +181,29 @@ def test_to_moves_every_tensor_and_keeps_the_segments():
     moved = stream.to("meta")
     assert {getattr(moved, name).device.type for name in TENSORS} == {"meta"}
     assert moved.segments == stream.segments
+    assert moved.pairs == stream.pairs
     assert lists(stream.to("cpu")) == lists(stream)
-    assert {field.name for field in fields(stream)} == {*TENSORS, "segments"}
+    assert {field.name for field in fields(stream)} == {*TENSORS, "segments", "pairs"}
+
+
+def test_equal_pairs_have_equal_digests_and_no_two_others():
+    """Where a part begins counts, and what is scored; what the ids are held in does not."""
+    pair = TokenizedPair([A, B], [X, Y], [Z])
+    assert TokenizedPair((A, B), (X, Y), (Z,)).digest == pair.digest
+    others = [
+        TokenizedPair([A], [B, X, Y], [Z]),
+        TokenizedPair([A, B], [X], [Y, Z]),
+        TokenizedPair([A, B], [Z], [X, Y]),
+        TokenizedPair([A, B], [X, Y], [DOT]),
+        TokenizedPair([A, B], [X, Y], [Z], chosen_scored=[False, True]),
+        TokenizedPair([A, B], [X, Y], [Z], rejected_scored=[True]),
+    ]
+    assert len({pair.digest, *(other.digest for other in others)}) == len(others) + 1
+
+
+def test_the_scored_tokens_of_a_pair_are_counted():
+    assert TokenizedPair([A, B], [X, Y], [Z]).num_scored_tokens == 3
+    assert TokenizedPair([A], [X, Y], [Z], chosen_scored=[False, True]).num_scored_tokens == 2
 
 
 # ------------------------------------------------------------------------------------------ laws

@@ -17,6 +17,7 @@ from dpo.model.load import load_policy, load_tokenizer
 from dpo.model.reference import AdapterOff
 from dpo.model.scorer import Scorer
 from dpo.train import trainer
+from dpo.train.selfcheck import check_start, first_pairs
 from dpo.train.trainer import Run
 from tests.train.runs import (
     QUIET,
@@ -164,8 +165,8 @@ def test_nf4_and_lora_dropout_start_from_an_adapter_and_evaluate_without_dropout
     flags = ["--model.name_or_path", folder, "--model.quantization", "nf4", "--lora.dropout", 0.3]
     forget_accelerate()
     one = Run(config(tmp_path, *flags))
-    one.check_start()
-    stream = one._first_pairs()
+    check_start(one)
+    stream = first_pairs(one)
     in_training = [one.scorer(stream).detach() for _ in range(2)]
     one.scorer.eval()
     in_evaluation = [one.scorer(stream).detach() for _ in range(2)]
@@ -347,7 +348,7 @@ def test_nf4_layers_stay_trainable_after_evaluation_and_generation(tmp_path, mon
     flags = ["--model.quantization", "nf4", "--data.eval_fraction", 0.3, "--train.eval_prompts", 4]
     forget_accelerate()
     one = Run(config(tmp_path, *flags, "--train.eval_max_new_tokens", 4))
-    stream = one._first_pairs()
+    stream = first_pairs(one)
 
     def gradient():
         one.optimizer.zero_grad()

@@ -1,0 +1,341 @@
+"""Rows to token ids, once: in worker processes, into a file that is named by its content.
+
+Token ids are kept in an Arrow file, in a cache folder named by the digest of everything they depend
+on: contents of the source, tokenizer, template, lengths. Another learning rate finds them there;
+another tokenizer does not.
+
+The file is read a small block at a time and not mapped into memory: around each page that is
+touched the kernel maps its neighbours, and some thousand random pairs make the whole file part of
+the process.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets.config
+import numpy as np
+import pyarrow as pa
+import tokenizers
+import transformers
+from jaxtyping import Int
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dpo.config import DataConfig, UserError
+from dpo.data.audit import Audit
+from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer, Limits, choose_template, require_chatml
+from dpo.data.formats import RowError, to_preference
+from dpo.data.sources import Row, Source
+
+BATCH_ROWS = 1000  # a worker's task: about a second
+BLOCK_PAIRS = 50  # read at once: 16 microseconds a pair for short ones, 80 for 600 tokens
+MAX_WORKERS = 16  # more than the one process that reads and writes can feed
+MAX_DIFFERING = 0.02  # share of rows that the template may render differently; above, it is refused
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
+_SCHEMA = pa.schema(
+    {
+        "row": pa.int64(),
+        "prompt_ids": pa.list_(pa.int32()),
+        "chosen_ids": pa.list_(pa.int32()),
+        "rejected_ids": pa.list_(pa.int32()),
+        "chosen_scored": pa.list_(pa.bool_()),
+        "rejected_scored": pa.list_(pa.bool_()),
+    }
+)
+
+
+class TokenFile:
+    """Tokenised pairs of one source, in the folder that `tokenized` made."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._blocks = pa.ipc.open_file(pa.OSFile(str(folder / "pairs.arrow")))
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        self.digest: str = about["digest"]
+        """Of all token ids, however they were batched."""
+        self.report: dict[str, Any] = about["audit"]
+
+    def __len__(self) -> int:
+        return self.report["pairs_kept"]
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        """The columns of one pair."""
+        block, row = divmod(place, BLOCK_PAIRS)
+        return self._blocks.get_batch(block).slice(row, 1).to_pylist()[0]
+
+    def prompt_digests(self) -> Int[np.ndarray, " pairs"]:
+        """A number for each pair, equal where prompts are."""
+        return np.fromfile(self._folder / "prompts.int64", dtype=np.int64)
+
+
+def tokenized(
+    source: Source, format: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TokenFile, Audit]:
+    """The source's pairs and audit, from the cache or made now.
+
+    Raises:
+        UserError: of the first row that cannot be read, or cannot be used as `data` is set.
+    """
+    template = choose_template(tokenizer, data.chat_template)
+    limits = Limits(data.max_prompt_length, data.max_length, data.on_overlong)
+    if format == "chatml_dpo_pairs":
+        require_chatml(tokenizer, f"{source.name}: the rows are ready-made ChatML")
+    depends_on = (
+        _code_digest(),
+        transformers.__version__,
+        tokenizers.__version__,
+        source.fingerprint,
+        format,
+        limits,
+        template,
+        _tokenizer_digest(tokenizer),
+    )
+    key = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo_pairs" / key
+    if not folder.exists():
+        work = partial(
+            _tokenize,
+            where=(source.name, source.unit),
+            format=format,
+            tokenizer=tokenizer,
+            template=template,
+            limits=limits,
+        )
+        _write(folder, source, work)
+    file = TokenFile(folder)
+    audit = Audit.from_report(file.report)
+    audit.formats = {source.name: format}
+    return file, audit
+
+
+class _Batch(NamedTuple):
+    """Rows as they were read, and why the one after them could not be."""
+
+    rows: list[Row]
+    broken: UserError | None = None
+
+
+class _Tokenized(NamedTuple):
+    """What becomes of a batch."""
+
+    pairs: pa.RecordBatch
+    prompts: np.ndarray
+    audit: Audit
+
+
+_Work = Callable[[_Batch], _Tokenized]
+
+
+def _tokenize(
+    batch: _Batch,
+    *,
+    where: tuple[str, str],
+    format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    limits: Limits,
+) -> _Tokenized:
+    """A worker's task. Of several bad rows the first is told: earlier ones are tokenised first."""
+    (name, unit), broken = where, batch.broken
+    audit, preferences = Audit(), []
+    chat = ChatTokenizer(tokenizer, template, limits, audit)
+    for number, value in batch.rows:
+        audit.rows_read += 1
+        try:
+            preference = to_preference(value, format, where=f"{name}, {unit} {number}")
+            preferences.append((number, preference))
+        except RowError as error:
+            audit.drop(error.reason, number)
+        except UserError as error:
+            broken = error
+            break
+    try:
+        made = list(chat.tokenize_prompts(preferences))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    if broken:
+        raise broken
+    audit.pairs_kept = len(made)
+    rows = [{"row": row} | vars(pair) for row, _, pair in made]
+    prompts = np.array([_number(prompt) for _, prompt, _ in made], dtype=np.int64)
+    return _Tokenized(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA), prompts, audit)
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
+
+
+def _write(folder: Path, source: Source, work: _Work) -> None:
+    """Tokenises the source into a folder, which appears only when it is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as unfinished:
+        files = Path(unfinished, "complete")
+        files.mkdir()
+        _write_files(files, source, work)
+        try:
+            files.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process made the same one: equal contents
+                raise
+
+
+def _write_files(folder: Path, source: Source, work: _Work) -> None:
+    audit, digest = Audit(), _TokenDigest()
+    left_over = pa.RecordBatch.from_pylist([], schema=_SCHEMA)
+    progress = tqdm(
+        total=len(source), desc=f"tokenising {source.name}", unit="row", leave=False, disable=None
+    )
+    with (
+        pa.OSFile(str(folder / "pairs.arrow"), "wb") as file,
+        pa.ipc.new_file(file, _SCHEMA) as writer,
+        (folder / "prompts.int64").open("wb") as prompts,
+        closing(_in_order(work, _batches(source), _num_workers(len(source)))) as results,
+        progress,
+    ):
+        for made in results:
+            audit.absorb(made.audit)
+            digest.update(made.pairs)
+            prompts.write(made.prompts.tobytes())
+            pairs = pa.concat_batches([left_over, made.pairs])
+            whole = len(pairs) // BLOCK_PAIRS * BLOCK_PAIRS
+            writer.write_table(pa.table(pairs.slice(0, whole)), max_chunksize=BLOCK_PAIRS)
+            left_over = pairs.slice(whole)
+            progress.update(made.audit.rows_read)
+            _refuse_differing(source, audit)
+        writer.write_batch(left_over)
+    about = {"digest": digest.hexdigest(), "audit": audit.report()}
+    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+class _TokenDigest:
+    """sha256 of token ids, a column at a time, so that it does not depend on the batches."""
+
+    def __init__(self) -> None:
+        columns = _SCHEMA.names[1:]  # the row is where a pair stood, and not what it is
+        self._columns = {name: (hashlib.sha256(), hashlib.sha256()) for name in columns}
+
+    def update(self, pairs: pa.RecordBatch) -> None:
+        for name, (values, lengths) in self._columns.items():
+            values.update(pairs[name].flatten().to_numpy(zero_copy_only=False))
+            lengths.update(pairs[name].value_lengths().fill_null(-1).to_numpy())
+
+    def hexdigest(self) -> str:
+        parts = [part.digest() for both in self._columns.values() for part in both]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _refuse_differing(source: Source, audit: Audit) -> None:
+    """Stops as soon as the share of the whole source is certain to be too large."""
+    differing = audit.dropped.get(TEMPLATE_DIFFERS)
+    if differing and differing.count > MAX_DIFFERING * len(source):
+        raise UserError(
+            f"{source.name}: in {differing.count} of the first {audit.rows_read} rows (such as "
+            f"{', '.join(map(str, differing.rows[:5]))}) the chat template renders the prompt "
+            "differently once an answer follows it, so prompt and answer cannot be told apart. "
+            "Give a template that only appends, as a file in data.chat_template."
+        )
+
+
+def _batches(source: Source) -> Iterator[_Batch]:
+    """All rows. One that cannot be read ends them and is told last: those before it may be bad."""
+    rows: list[Row] = []
+    try:
+        for row in source:
+            rows.append(row)
+            if len(rows) == BATCH_ROWS:
+                yield _Batch(rows)
+                rows = []
+    except UserError as error:
+        yield _Batch(rows, error)
+    else:
+        yield _Batch(rows)
+
+
+def _num_workers(num_rows: int) -> int:
+    """One a core; a few thousand rows are done before a process has started to pay."""
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return max(1, min(cores, MAX_WORKERS, num_rows // (2 * BATCH_ROWS)))
+
+
+def _in_order(
+    work: _Work, batches: Iterable[_Batch], num_workers: int
+) -> Generator[_Tokenized, None, None]:
+    """Results in the order of the batches, of which a few are read ahead, and never all."""
+    if num_workers == 1:
+        yield from map(work, batches)
+        return
+    with _workers(work, num_workers) as pool:
+        pending = deque()
+        for batch in batches:
+            pending.append(pool.submit(_do_work, batch))
+            if len(pending) > 2 * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+@contextmanager
+def _workers(work: _Work, number: int) -> Iterator[ProcessPoolExecutor]:
+    """Forked where that is safe: they start in no time, and share the tokenizer's memory."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(number, context, initializer=_start_worker, initargs=(work,))
+    before = os.environ.get(_PARALLELISM)
+    os.environ[_PARALLELISM] = "false"  # one core each; and unset, it warns of the fork
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        del os.environ[_PARALLELISM]
+        if before is not None:
+            os.environ[_PARALLELISM] = before
+
+
+_task: _Work  # of this process, where it is a worker
+
+
+def _start_worker(work: _Work) -> None:
+    global _task
+    _task = work
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the parent speaks, the workers just end
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed could not stop its workers; they would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _do_work(batch: _Batch) -> _Tokenized:
+    return _task(batch)
+
+
+def _code_digest() -> str:
+    """Of the code that decides the token ids: a changed rule must not find old tokens."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,69 @@
+"""Which reference is it? One string for all that its log-probs depend on, apart from the tokens.
+
+Two questions are asked of it. May these cached log-probs be used? Then the answer depends on the
+weights, on how they are stored and computed with, and on the libraries that do it. Is this the
+reference that the run began with? Then only the weights count: a library may be newer by then.
+
+Weights are known by the contents of their files, not by names: a model that was trained further in
+its folder is another model.
+"""
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dpo.config import ModelConfig, resolve
+from dpo.data.files import file_digests
+from dpo.model.load import adapter_settings
+
+# What decides the numbers of a forward; configuration and code that comes with a model included.
+_SUFFIXES = (".safetensors", ".bin", ".py")
+_CONFIGS = ("config.json", "adapter_config.json")
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def weights_digest(model: ModelConfig) -> str:
+    """Of every file of the model before training; of base and adapter where it starts from one.
+
+    A model of the hub must have been loaded before: its files are looked up in the local cache.
+    """
+    path = resolve(model.name_or_path)
+    adapter = adapter_settings(path)
+    folders = [_folder(path, model)]
+    if adapter:
+        folders.append(_folder(resolve(adapter["base_model_name_or_path"]), model))
+    files = [
+        file
+        for folder in folders
+        for file in sorted(folder.iterdir())
+        if file.name in _CONFIGS or file.suffix in _SUFFIXES
+    ]
+    return _digest([[file.name for file in files], file_digests(files)])
+
+
+def reference_digest(model: ModelConfig, *, layout: str, device_type: str) -> str:
+    """Of everything that the reference's log-probs of given tokens depend on."""
+    return _digest(
+        {
+            "weights": weights_digest(model),
+            "dtype": model.dtype,
+            "quantization": model.quantization,
+            "layout": layout,
+            "device": device_type,
+            "libraries": {name: version(name) for name in _LIBRARIES},
+        }
+    )
+
+
+def _folder(path: str, model: ModelConfig) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, revision=model.revision, local_files_only=True))
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

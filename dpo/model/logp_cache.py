@@ -1,0 +1,148 @@
+"""Token log-probs of pairs on disk: what the reference said once, it need not say again.
+
+A folder belongs to one reference (`fingerprint.py` names it) and holds shards that never change:
+
+    keys     (entries,)  the first 8 bytes of the pair's digest
+    checks   (entries,)  a checksum over the whole digest and the log-probs
+    ends     (entries,)  where the entry ends in `logps`
+    logps    (scored,)   fp32, nats: chosen, then rejected, pair after pair
+
+A shard is written aside and renamed when complete, under a name of its own. So nothing is ever
+overwritten, several processes may write to one folder, and what a killed one left is not read. The
+log-probs are mapped into memory, a pair's are read when it is asked for; the keys (20 bytes a
+pair) are kept. A flipped bit anywhere makes the checksum fail: the pair counts as not there.
+"""
+
+import hashlib
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dpo.data.stream import TokenizedPair
+
+PAIRS_PER_SHARD = 4096  # what a killed process has to compute again at most
+
+Logps = Float[np.ndarray, " scored"]
+
+
+class LogpCache:
+    """A folder of token log-probs, found by what the pair's tokens are.
+
+    Attributes:
+        num_damaged: entries and shards that were there and could not be trusted.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.num_damaged = folder, 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._new: dict[bytes, Logps] = {}
+        self._shards: list[_Shard] = []
+        self._seen: set[str] = set()
+        self._keys, self._places = np.empty(0, np.uint64), np.empty((0, 2), np.int32)
+        self.refresh()
+
+    def get(self, pair: TokenizedPair) -> Logps | None:
+        """Log-probs of the scored tokens, chosen then rejected; None if they are not here."""
+        digest = pair.digest
+        if digest in self._new:
+            return self._new[digest]
+        key = _key(digest)
+        at = int(np.searchsorted(self._keys, key))
+        while at < len(self._keys) and self._keys[at] == key:
+            shard, entry = self._places[at].tolist()
+            logps = self._shards[shard].read(entry, digest)
+            if logps is not None:
+                return logps
+            self.num_damaged += 1
+            at += 1
+        return None
+
+    def put(self, pair: TokenizedPair, logps: Logps) -> None:
+        """Keeps it; on disk when there are enough for a shard, or at `flush`."""
+        self._new[pair.digest] = logps
+        if len(self._new) >= PAIRS_PER_SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is new as one shard."""
+        if not self._new:
+            return
+        entries = self._new.items()
+        name = f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.safetensors"  # later shards sort last
+        unfinished = self.folder / f".{name}"
+        columns = {
+            "keys": np.array([_key(digest) for digest, _ in entries], np.uint64),
+            "checks": np.array([_check(digest, logps) for digest, logps in entries], np.uint64),
+            "ends": np.cumsum([len(logps) for _, logps in entries], dtype=np.int64),
+            "logps": np.concatenate([logps for _, logps in entries]).astype(np.float32),
+        }
+        save_file(columns, unfinished)
+        unfinished.rename(self.folder / name)
+        self._new = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Looks for shards that this or another process has written since."""
+        added = []
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name not in self._seen and not path.name.startswith("."):
+                self._seen.add(path.name)
+                try:
+                    shard = _Shard.open(path)
+                except (SafetensorError, OSError, ValueError):
+                    self.num_damaged += 1
+                    continue
+                places = np.stack(
+                    [np.full(len(shard.keys), len(self._shards)), np.arange(len(shard.keys))], 1
+                )
+                added.append((shard.keys, places.astype(np.int32)))
+                self._shards.append(shard)
+        if added:
+            keys = np.concatenate([self._keys, *(keys for keys, _ in added)])
+            places = np.concatenate([self._places, *(places for _, places in added)])
+            order = np.argsort(keys, kind="stable")
+            self._keys, self._places = keys[order], places[order]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One file: its index, and a handle through which log-probs are read where they lie."""
+
+    keys: np.ndarray
+    checks: np.ndarray
+    ends: np.ndarray
+    logps: Any
+
+    @staticmethod
+    def open(path: Path) -> "_Shard":
+        """Raises: SafetensorError, OSError or ValueError, if the file is not a whole shard."""
+        with safe_open(path, framework="numpy") as file:
+            keys, checks, ends = (file.get_tensor(name) for name in ("keys", "checks", "ends"))
+            if not len(keys) == len(checks) == len(ends):
+                raise ValueError(f"{path}: columns of unequal lengths")
+            return _Shard(keys, checks, ends, file.get_slice("logps"))
+
+    def read(self, entry: int, digest: bytes) -> Logps | None:
+        """None if it is damaged, or another pair's."""
+        start, end = int(self.ends[entry - 1]) if entry else 0, int(self.ends[entry])
+        if not 0 <= start <= end <= self.logps.get_shape()[0]:
+            return None
+        logps = self.logps[start:end]
+        return logps if _check(digest, logps) == self.checks[entry] else None
+
+
+def _key(digest: bytes) -> np.uint64:
+    return np.frombuffer(digest, np.uint64, count=1)[0]
+
+
+def _check(digest: bytes, logps: Logps) -> np.uint64:
+    whole = hashlib.blake2b(digest, digest_size=8)
+    whole.update(np.asarray(logps, np.float32).tobytes())
+    return _key(whole.digest())

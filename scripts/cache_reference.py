@@ -1,0 +1,19 @@
+"""Computes the reference's log-probs of a run's pairs ahead of it, into `reference.cache`.
+
+python scripts/cache_reference.py [train.py's flags]
+accelerate launch --num_processes 8 scripts/cache_reference.py --config FILE
+"""
+
+from dpo.config import parse, run
+
+
+def main() -> None:
+    """Prints how many pairs were computed, how many were there, and where."""
+    config = parse(prog="scripts/cache_reference.py")
+    from dpo.train.ahead import cache_reference
+
+    print(cache_reference(config))
+
+
+if __name__ == "__main__":
+    run(main, "stopped; what was computed is kept, and the same command goes on from there")

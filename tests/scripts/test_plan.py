@@ -1,0 +1,47 @@
+"""scripts/plan.py as a user runs it."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.models import tiny
+from tests.scripts.test_scripts import script
+
+RECIPE = Path(__file__).parents[2] / "scripts" / "configs" / "neuralhermes.yaml"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny(num_hidden_layers=1).config.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_recipe_is_planned_from_config_json_alone(folder):
+    flags = ["--config", RECIPE, "--model.name_or_path", folder]
+    code, out, err = script("plan.py", "--gpu", "a100-80", "--lengths", "50,20,30", *flags)
+    assert (code, err) == (0, "")
+    heads = ("tokens of a pair, as given", "memory", "FLOPs", "disk")
+    assert [part.split("  ")[0] for part in out.split("\n\n") if part.strip()] == list(heads)
+    assert "base weights, fp4" in out
+    assert "optimizer state, paged_adamw_32bit" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--gpu", "A1000"], "--gpu: got 'A1000', wanted one of T4"),
+        ([], "--gpu: got None, wanted one of T4"),
+        (["--gpu", "L4", "--mfu", "40"], "--mfu: got 40.0, wanted a share of the peak"),
+        (["--gpu", "L4", "--lengths", "9,9"], "--lengths: got '9,9', wanted three whole numbers"),
+        (["--gpu", "L4", "--lora.rank", "8"], "unknown key lora.rank. Nearest: lora.r"),
+        (["--gpu", "L4", "--lengths", "9,9,9", "--model.name_or_path", "no"], "got 'no', which is"),
+        (["--gpu", "L4", "--config", RECIPE], "teknium/OpenHermes-2.5-Mistral-7B"),
+    ],
+)
+def test_a_user_error_is_one_message_and_exit_code_2(flags, said):
+    """The last: a recipe whose model cannot be had without the network."""
+    code, out, err = script("plan.py", *flags)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert said in err
+    assert "Traceback" not in err

@@ -1,0 +1,248 @@
+"""As many tokens at once as fit, and when they do not fit after all, no step is lost."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from dpo.config import UserError
+from dpo.data.stream import TokenizedPair
+from dpo.model.memory import peak_bytes
+from dpo.train import budget
+from dpo.train.budget import auto_budget, probe_pairs
+from dpo.train.trainer import Run
+from tests.models import tiny, with_lora
+from tests.train.runs import config, forget_accelerate, run, step_gradients, training
+
+AUTO = ["--train.tokens_per_microbatch", "auto"]
+CPU = torch.device("cpu")
+
+
+def with_free(monkeypatch, free):
+    monkeypatch.setattr("dpo.train.budget.free_bytes", lambda device: free)
+
+
+def started(settings):
+    forget_accelerate()
+    made = Run(settings)
+    made.tracker.close_bar()
+    return made
+
+
+def equal_gradients(ours, theirs):
+    for step in theirs:
+        largest = theirs[step][0].abs().max()
+        assert (ours[step][0] - theirs[step][0]).abs().max() <= 1e-5 * largest
+        assert ours[step][1] == pytest.approx(theirs[step][1], abs=1e-5)
+
+
+def test_what_is_free_decides_and_the_gradient_stays_the_same(tmp_path, monkeypatch):
+    """A run that is given 40 MB cuts its steps; its gradients and metrics are those of one cut."""
+    whole = step_gradients(config(tmp_path, "--train.output_dir", tmp_path / "whole"))
+    with_free(monkeypatch, 40e6)
+    one = started(config(tmp_path, *AUTO, "--train.output_dir", tmp_path / "one"))
+    sizes = [one.data.train[i].num_stream_tokens for i in one.indices(1)]
+    assert max(sizes) <= one.budget < sum(sizes)
+    equal_gradients(step_gradients(config(tmp_path, *AUTO)), whole)
+    assert (
+        f"memory: {one.budget} tokens a micro-batch: a token takes"
+        in (tmp_path / "one" / "header.txt").read_text()
+    )
+
+
+def test_a_full_micro_batch_takes_about_nine_tenths_of_what_was_free(tmp_path, monkeypatch):
+    """Measured on one micro-batch of the budget, to the byte: at most 0.9 of the 40 MB, at least
+    0.7 (pairs do not fill it to the last token)."""
+    with_free(monkeypatch, 40e6)
+    one = started(config(tmp_path, *AUTO, rows=200))
+    pairs = iter(one.data.train)
+    chosen = [next(pairs)]
+    while sum(pair.num_stream_tokens for pair in chosen) < one.budget:
+        chosen.append(next(pairs))
+    peak = peak_bytes(CPU, lambda: one._gradient(1, chosen[:-1], pairs_in_step=16))
+    assert 0.7 * 40e6 < peak < 0.9 * 40e6
+
+
+def test_with_memory_for_everything_it_stays_below_the_most(tmp_path, monkeypatch):
+    with_free(monkeypatch, 1e15)
+    assert started(config(tmp_path, *AUTO)).budget == budget.MOST_TOKENS
+
+
+def test_a_resumed_run_cuts_its_steps_as_before_whatever_is_free_then(tmp_path, monkeypatch):
+    """And so goes on bit for bit, LoRA's dropout masks included."""
+    flags = [*AUTO, "--train.save_steps", 2, "--train.max_steps", 4, "--lora.dropout", 0.3]
+    with_free(monkeypatch, 40e6)
+    straight = run(config(tmp_path, *flags))
+    expected = training(straight)
+    with_free(monkeypatch, 400e6)
+    (straight / "summary.json").unlink()
+    shutil.rmtree(straight / "checkpoint-4")
+    assert training(run(config(tmp_path, *flags))) == expected
+    state = json.loads((straight / "checkpoint-2" / "state.json").read_text())
+    assert (
+        f"memory: {state['tokens_per_microbatch']} tokens a micro-batch, as before"
+        in (straight / "header.txt").read_text()
+    )
+
+
+# ---------------------------------------------------------------------------- gradient checkpoints
+
+
+def work_of(model):
+    """Twelve tokens of a tiny model, forward and backward."""
+    ids = torch.arange(12)[None]
+    return lambda: model(input_ids=ids).logits.sum().backward()
+
+
+def found(model, monkeypatch, *, free, longest):
+    with_free(monkeypatch, free)
+    return auto_budget(
+        model,
+        work_of(model),
+        num_tokens=12,
+        longest=longest,
+        device=CPU,
+        smallest_over_ranks=lambda number: number,
+    )
+
+
+def num_checkpointed(model):
+    layers = model.get_base_model().model.layers
+    return sum(bool(getattr(layer, "gradient_checkpointing", False)) for layer in layers)
+
+
+def test_checkpoints_are_set_only_where_the_longest_pair_does_not_fit(monkeypatch):
+    """Of eight layers none, some or all, and each time the pair fits that did not before."""
+    sizes, checkpointed = [], []
+    for share in (1.0, 0.7, 0.45):
+        model = with_lora(tiny(num_hidden_layers=8))
+        reserved = sum(p.numel() * 12 for p in model.parameters() if p.requires_grad)
+        per_token = peak_bytes(CPU, work_of(model)) / 12
+        free = reserved + 1000 * per_token / 0.9
+        tokens, reason = found(model, monkeypatch, free=share * free * 1.01, longest=950)
+        sizes.append(tokens)
+        checkpointed.append(num_checkpointed(model))
+        assert ("checkpointed" in reason) == (num_checkpointed(model) > 0)
+    assert checkpointed[0] == 0
+    assert 0 < checkpointed[1] <= checkpointed[2] <= 8
+    assert all(tokens >= 950 for tokens in sizes)
+
+
+def test_a_pair_that_does_not_fit_at_all_is_refused_with_its_size(monkeypatch):
+    with pytest.raises(UserError, match=r"got auto, but the longest pair has 5000 tokens and \d+"):
+        found(with_lora(tiny()), monkeypatch, free=2e5, longest=5000)
+
+
+def test_the_smallest_budget_of_all_ranks_is_taken(monkeypatch):
+    with_free(monkeypatch, 1e9)
+    model = with_lora(tiny())
+    options = {"num_tokens": 12, "longest": 5, "device": CPU}
+    assert auto_budget(model, work_of(model), **options, smallest_over_ranks=lambda _: 77)[0] == 77
+
+
+def test_the_probe_takes_pairs_up_to_its_size_and_never_none():
+    pairs = [TokenizedPair([1] * 700, [2] * 200, [3] * 200)] * 5
+    assert len(probe_pairs(pairs)) == 1  # two have 2196 tokens
+    assert len(probe_pairs([TokenizedPair([1] * 9000, [2], [3])])) == 1
+    assert len(probe_pairs([TokenizedPair([1] * 100, [2], [3])] * 50)) == 20
+
+
+# ------------------------------------------------------------------------------------ out of memory
+
+
+def out_of_memory_above(monkeypatch, most, *, first_step=1):
+    """Every micro-batch of more tokens fails in its backward, half of its gradient written."""
+    backward = Run._backward
+
+    def fail(self, stream, pairs_in_step):
+        done = backward(self, stream, pairs_in_step)
+        if len(stream.input_ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. (a test's)")
+        return done
+
+    monkeypatch.setattr(Run, "_backward", fail)
+
+
+def test_out_of_memory_halves_the_budget_and_loses_neither_step_nor_pair(
+    tmp_path, monkeypatch, capsys
+):
+    """The gradient and the metrics of both steps are those of a run that had the memory."""
+    whole = step_gradients(config(tmp_path, "--train.output_dir", tmp_path / "whole"))
+    out_of_memory_above(monkeypatch, 250)
+    equal_gradients(step_gradients(config(tmp_path)), whole)
+    said = capsys.readouterr().err
+    assert said.count("out of memory: from here on") == 2  # about 900 tokens: 450, 225
+
+
+def test_a_trained_run_that_ran_out_of_memory_is_the_run_that_did_not(tmp_path, monkeypatch):
+    plain = run(config(tmp_path, "--train.output_dir", tmp_path / "plain"))
+    out_of_memory_above(monkeypatch, 300)
+    cut = run(config(tmp_path))
+    for ours, theirs in zip(training(cut), training(plain), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_without_starting_the_step_again_its_gradient_would_be_counted_twice(tmp_path, monkeypatch):
+    """The negative control: it is zero_grad that makes the retried step right."""
+    whole = step_gradients(config(tmp_path, "--train.output_dir", tmp_path / "whole"), steps=(1,))
+    out_of_memory_above(monkeypatch, 250)
+    made = started(config(tmp_path))
+    del made
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    zero_grad = AcceleratedOptimizer.zero_grad
+    calls = []
+
+    def only_after_the_step(self):
+        calls.append(1)
+        if len(calls) > 2:
+            zero_grad(self)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "zero_grad", only_after_the_step)
+    with pytest.raises(AssertionError):
+        equal_gradients(step_gradients(config(tmp_path), steps=(1,)), whole)
+
+
+def test_one_pair_that_does_not_fit_ends_the_run_with_what_to_do(tmp_path, monkeypatch):
+    out_of_memory_above(monkeypatch, 10)
+    with pytest.raises(UserError, match=r"ran out of memory with one pair.*gradient_checkpointing"):
+        run(config(tmp_path))
+
+
+def test_while_ranks_reduce_a_gradient_a_step_cannot_be_begun_again(tmp_path):
+    made = started(config(tmp_path))
+    with pytest.raises(UserError, match="while ranks were reducing a gradient; the largest has 90"):
+        made._halve_budget([[50, 40], [60, 20]], is_reducing=True)
+    made._halve_budget([[50, 40], [60, 20]], is_reducing=False)
+    assert made.budget == 45
+
+
+def test_the_largest_micro_batch_comes_first_and_the_smallest_last(tmp_path, monkeypatch):
+    """So memory runs out, if it does, before ranks begin to reduce."""
+    sizes = []
+    backward = Run._backward
+
+    def noted(self, stream, pairs_in_step):
+        sizes.append(len(stream.input_ids))
+        return backward(self, stream, pairs_in_step)
+
+    monkeypatch.setattr(Run, "_backward", noted)
+    step_gradients(config(tmp_path, "--train.tokens_per_microbatch", 200), steps=(1,))
+    assert len(sizes) > 3
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_gpu_that_really_runs_out_of_memory_goes_on(tmp_path, capsys):
+    """A budget far too large for the share of the memory that the process may use."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    settings = config(tmp_path, "--train.tokens_per_microbatch", 10**6, rows=2000)
+    settings.train.per_device_train_batch_size = 1500
+    torch.cuda.set_per_process_memory_fraction(1.5 * 2**30 / total)
+    try:
+        run(settings)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory: from here on" in capsys.readouterr().err
