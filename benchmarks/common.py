@@ -32,13 +32,16 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 
 from dpo.config import Config, DataConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
 from dpo.data.loader import step_indices
-from dpo.train.trainer import Run
+from dpo.train.trainer import Run, train
 
 VOCAB = 4096
 MAX_PROMPT_LENGTH, MAX_LENGTH = 1024, 1536  # of the NeuralHermes article; longer rows are cut
 PAIRS_PER_STEP = 16
 WARM_UP_STEPS = 1  # of tiny pairs, at learning rate 0: the next step still sees the first weights
 SAMPLE_SECONDS = 0.01  # between two readings of the resident size
+
+
+Side = Callable[..., dict[str, Any]]  # what `measure` measures, or a call of it
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,15 @@ def run_ours(race: "Race", task: Task, **keys: Any) -> dict[str, Any]:
     return race.result([{k.removeprefix("train/"): v for k, v in line.items()} for line in logged])
 
 
+def run_cached(race: "Race", task: Task, **keys: Any) -> dict[str, Any]:
+    """The same, the reference's log-probs on disk after one run that is not measured."""
+    keys["reference__cache"] = str(task.folder / "reference")
+    if not (task.folder / "reference").exists():
+        train(our_config(task, **keys))
+        keys["train__output_dir"] = str(task.folder / "runs" / "second")
+    return run_ours(race, task, **keys)
+
+
 class Race:
     """What a side reports to: the parent then reads the memory, and this keeps the time.
 
@@ -180,14 +192,15 @@ class Race:
         self._connection, self._counts_flops = connection, counts_flops
         self._counter = FlopCounterMode(display=False, custom_mapping=_SDPA_ON_CPU)
         self._clocks: list[tuple[float, float]] = []
-        self._adapter = ""
+        self._adapter, self._tokens = "", 0
 
     def num_steps(self, task: Task) -> int:
         """How many steps the side has to take, warm-up included."""
         return WARM_UP_STEPS + 1 if self._counts_flops else task.num_steps
 
-    def start(self, model: torch.nn.Module) -> None:
+    def start(self, model: Any) -> None:
         """Just before the first step."""
+        model.get_input_embeddings().register_forward_hook(self._count_tokens)
         weights = (w.detach().numpy() for name, w in model.named_parameters() if "lora_" in name)
         self._adapter = hashlib.sha256(b"".join(w.tobytes() for w in weights)).hexdigest()
         self.wait()
@@ -197,12 +210,17 @@ class Race:
         self._connection.send("ready")
         self._connection.recv()
 
+    def _count_tokens(self, embeddings: Any, inputs: tuple[torch.Tensor], output: Any) -> None:
+        self._tokens += inputs[0].numel() if torch.is_grad_enabled() else 0  # not the reference's
+
     def finish_step(self, step: int) -> None:
         """After each step, its logging included; steps count from 1."""
         if step >= WARM_UP_STEPS:
             self._clocks.append((time.perf_counter(), time.process_time()))
         if step == WARM_UP_STEPS and self._counts_flops:
             self._counter.__enter__()
+        if step == WARM_UP_STEPS:
+            self._tokens = 0
 
     def result(self, logged: list[dict[str, Any]]) -> dict[str, Any]:
         """Seconds from the end of the warm-up to that of the last step; what each step logged."""
@@ -213,14 +231,13 @@ class Race:
             "wall": last[0] - first[0],
             "processor": last[1] - first[1],
             "flops": self._counter.get_total_flops(),
+            "tokens": self._tokens,
             "adapter": self._adapter,
             "logged": [line for line in logged if "logps/chosen" in line],
         }
 
 
-def measure(
-    side: Callable[..., dict[str, Any]], *args: Any, counts_flops: bool = False, **keys: Any
-) -> dict[str, Any]:
+def measure(side: Side, *args: Any, counts_flops: bool = False, **keys: Any) -> dict[str, Any]:
     """What `side(race, *args, **keys)` returns from a fresh process, and `growth`, in bytes.
 
     That is the peak of the resident size above that before the first step, read from outside.
@@ -242,6 +259,16 @@ def measure(
         sys.exit(f"{side.__name__} failed with {keys}; its message stands above.")
     process.join()
     return {**result, "growth": peak - before}
+
+
+def interleave(sides: dict[str, Side], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Results by side: every side once, then every side again, so that all see the same machine."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name, side in sides.items():
+            print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr)
+            results[name].append(side())
+    return results
 
 
 def _child(
@@ -322,8 +349,39 @@ def describe(args: argparse.Namespace, task: Task) -> str:
         f"{MAX_LENGTH} in all). Mistral's architecture, {args.layers} layers of 384 (MLP 1344, 6 "
         f"heads of 64, 2 for keys), vocabulary {VOCAB}, fp32; LoRA r 16 on all linear layers, "
         "AdamW. RSS growth: peak of the resident size above that before the first step, read from "
-        "outside. FLOPs: of matrix products and attention, counted in the first step."
+        "outside. FLOPs (of matrix products and attention) and the policy's tokens: counted in a "
+        "run of their own, in the first step."
     )
+
+
+def race_table(
+    task: Task,
+    clock: str,
+    counted: dict[str, dict[str, Any]],
+    rounds: dict[str, list[dict[str, Any]]],
+    bases: dict[str, str],
+) -> str:
+    """One row a side. `bases`: column titles, and the sides that speed is compared with there."""
+    num_pairs, num_counted = len(task.lengths), min(len(task.lengths), PAIRS_PER_STEP)
+    speeds = {name: [num_pairs / run[clock] for run in runs] for name, runs in rounds.items()}
+    growth = {name: [run["growth"] / 2**20 for run in runs] for name, runs in rounds.items()}
+    speed = {name: statistics.median(values) for name, values in speeds.items()}
+    size = {name: statistics.median(values) for name, values in growth.items()}
+    first = next(iter(bases))
+    head = ["", "pairs/s", *bases, "RSS growth, MiB", first, "GFLOP a pair", "tokens a pair"]
+    rows = [
+        [
+            name,
+            spread(speeds[name]),
+            *(f"{speed[name] / speed[base]:.2f}" for base in bases.values()),
+            spread(growth[name]),
+            f"{size[name] / size[bases[first]]:.2f}",
+            f"{counted[name]['flops'] / num_counted / 1e9:.1f}",
+            f"{counted[name]['tokens'] / num_counted:.0f}",
+        ]
+        for name in rounds
+    ]
+    return table(head, rows)
 
 
 def provenance(threads: int, *packages: str) -> str:

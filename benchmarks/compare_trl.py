@@ -11,6 +11,7 @@ fresh process, round after round, so that a machine that slows down slows all of
 import statistics
 import sys
 import tempfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,6 @@ import datasets
 import peft
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from dpo.train.trainer import train
-
 DEFAULTS, TUNED = "TRL, defaults", "TRL, tuned by hand"
 OURS, CACHED = "ours", "ours, cached reference"
 TRL_SIDES: dict[str, dict[str, Any]] = {
@@ -29,6 +28,7 @@ TRL_SIDES: dict[str, dict[str, Any]] = {
     "TRL, checkpointing off": {"per_device_train_batch_size": 4, "gradient_checkpointing": False},
     TUNED: {"per_device_train_batch_size": 1, "gradient_checkpointing": False},
 }
+BASES = {"x defaults": DEFAULTS, "x tuned": TUNED}
 NOTES = """\
 - TRL, defaults: activation checkpointing, and 4 pairs a batch, padded to the longest of its 8 rows.
   Not its defaults: fp32 (it would take bf16), accumulation to steps of 16 pairs, max_length 1536.
@@ -97,23 +97,14 @@ class _Reports(TrainerCallback):
             self._race.finish_step(state.global_step)
 
 
-def run_cached(race: common.Race, task: common.Task, **keys: Any) -> dict[str, Any]:
-    """Our trainer, the reference's log-probs on disk after one run that is not measured."""
-    keys["reference__cache"] = str(task.folder / "reference")
-    if not (task.folder / "reference").exists():
-        train(common.our_config(task, **keys))
-        keys["train__output_dir"] = str(task.folder / "runs" / "second")
-    return common.run_ours(race, task, **keys)
-
-
-def run_side(name: str, task: common.Task, budget: int, **how: Any) -> dict[str, Any]:
-    """One side, in a process of its own."""
-    if name in TRL_SIDES:
-        return common.measure(run_trl, task, **how, **TRL_SIDES[name])
-    keys: dict[str, Any] = {"train__tokens_per_microbatch": budget}
-    if name == CACHED:
-        return common.measure(run_cached, task, **how, **keys)
-    return common.measure(common.run_ours, task, reference__cache="off", **how, **keys)
+def list_sides(task: common.Task, budget: int) -> dict[str, common.Side]:
+    """Each a call that runs it in a process of its own."""
+    measure, ours = common.measure, {"train__tokens_per_microbatch": budget}
+    return {
+        **{name: partial(measure, run_trl, task, **keys) for name, keys in TRL_SIDES.items()},
+        OURS: partial(measure, common.run_ours, task, reference__cache="off", **ours),
+        CACHED: partial(measure, common.run_cached, task, **ours),
+    }
 
 
 def check_agreement(sides: dict[str, dict[str, Any]], task: common.Task) -> str:
@@ -139,36 +130,6 @@ def check_agreement(sides: dict[str, dict[str, Any]], task: common.Task) -> str:
     )
 
 
-def table(
-    task: common.Task,
-    clock: str,
-    counted: dict[str, dict[str, Any]],
-    rounds: dict[str, list[dict[str, Any]]],
-) -> str:
-    """One row a side."""
-    pairs = len(task.lengths)
-    speeds = {name: [pairs / run[clock] for run in runs] for name, runs in rounds.items()}
-    growth = {name: [run["growth"] / 2**20 for run in runs] for name, runs in rounds.items()}
-    speed = {name: statistics.median(values) for name, values in speeds.items()}
-    size = {name: statistics.median(values) for name, values in growth.items()}
-    head = "|pairs/s|x defaults|x tuned|RSS growth, MiB|x defaults|GFLOP a pair".split("|")
-    return common.table(
-        head,
-        [
-            [
-                name,
-                common.spread(speeds[name]),
-                f"{speed[name] / speed[DEFAULTS]:.2f}",
-                f"{speed[name] / speed[TUNED]:.2f}",
-                common.spread(growth[name]),
-                f"{size[name] / size[DEFAULTS]:.2f}",
-                f"{counted[name]['flops'] / min(pairs, common.PAIRS_PER_STEP) / 1e9:.1f}",
-            ]
-            for name in rounds
-        ],
-    )
-
-
 def main() -> None:
     """Checks, measures, reports."""
     flags = common.parser(str(__doc__))
@@ -179,23 +140,19 @@ def main() -> None:
         sys.exit(2)
     with tempfile.TemporaryDirectory() as folder:
         task = common.prepare(args, Path(folder))
-        sides = [*TRL_SIDES, OURS, CACHED]
-        budget = args.tokens_per_microbatch
-        counted = {side: run_side(side, task, budget, counts_flops=True) for side in sides}
+        sides = list_sides(task, args.tokens_per_microbatch)
+        counted = {name: side(counts_flops=True) for name, side in sides.items()}
         agreement = check_agreement(counted, task)
-        rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-        for _ in range(args.rounds):
-            for side in sides:
-                rounds[side].append(run_side(side, task, budget))
+        rounds = common.interleave(sides, args.rounds)
         report = f"""# Against TRL
 
 {common.provenance(args.threads, "torch", "transformers", "peft", "accelerate", "trl")}
 
-{table(task, common.clock(args), counted, rounds)}
+{common.race_table(task, common.clock(args), counted, rounds, BASES)}
 
 {common.describe(args, task)} {agreement}
 
-{NOTES.format(budget=budget)}"""
+{NOTES.format(budget=args.tokens_per_microbatch)}"""
     common.publish(report, args.output)
 
 

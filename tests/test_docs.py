@@ -66,7 +66,8 @@ def test_an_unknown_key_would_be_seen():
 def test_every_metric_that_a_run_logs_is_in_the_table():
     table = (ROOT / "docs" / "metrics.md").read_text().split("| metric")[1].split("\n\n")[0]
     more = "grad_norm learning_rate tokens_per_second pairs_per_second memory_gib kl exact_match"
-    for name in (*METRICS, *more.split(), "lengths/generated"):
+    more += " model_tflops mfu time/reference time/data time/step lengths/generated"
+    for name in (*METRICS, *more.split()):
         assert name in table, name
 
 

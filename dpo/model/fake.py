@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo.config import Config, UserError
 from dpo.data.stream import TokenizedPair, build_stream
-from dpo.model.load import Policy, build_policy, load_shape
+from dpo.model.load import Policy, build_policy, checkpoint_layers, load_shape
 from dpo.model.memory import PeakBytes
 from dpo.model.reference import adapter_off
 from dpo.model.scorer import Scorer
@@ -76,10 +76,7 @@ class FakePolicy:
 
     def checkpoint(self, every_n: int) -> None:
         """Turns gradient checkpointing on in every n-th layer."""
-        base: Any = self.base
-        base.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=every_n
-        )
+        checkpoint_layers(self.base, every_n)  # type: ignore[arg-type]
 
     def step_bytes(self, pairs: Sequence[TokenizedPair]) -> int:
         """What one micro-batch takes at its peak, beyond weights and gradients.

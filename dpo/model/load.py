@@ -100,11 +100,26 @@ def build_policy(base: PreTrainedModel, config: Config) -> Policy:
             else _new_adapter(base, config)
         )
     if config.train.gradient_checkpointing:
-        base.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
+        checkpoint_layers(base)
     policy.model.train()
     return policy
+
+
+def checkpoint_layers(base: PreTrainedModel, every_n: int = 1) -> None:
+    """Turns gradient checkpointing on in every n-th layer: its activations are computed again.
+
+    Raises:
+        UserError: the model's code cannot do that.
+    """
+    try:
+        base.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=every_n
+        )
+    except ValueError as error:
+        raise UserError(
+            f"train.gradient_checkpointing: {error} Set it to false, and "
+            "train.tokens_per_microbatch lower."
+        ) from None
 
 
 def load_base(model: ModelConfig, device: torch.device | str, path: str) -> PreTrainedModel:

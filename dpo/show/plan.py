@@ -10,7 +10,7 @@ Left out on purpose: answers sampled at an evaluation, loading and tokenising, m
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 
 import torch
 
@@ -26,8 +26,9 @@ from dpo.model.fake import FakePolicy
 from dpo.model.load import load_tokenizer
 
 SAMPLE_ROWS = 256
+PROBE_PAIRS = 4
 # The trainer's rule (dpo.train.budget) for tokens_per_microbatch auto.
-PROBE_TOKENS, MOST_TOKENS, SHARE = 2048, 16384, 0.9
+MOST_TOKENS, SHARE = 16384, 0.9
 CHECKPOINT_EVERY = (0, 4, 2, 1)
 PAIR_BYTES = 32  # of a pair on disk, beside its numbers: digests, offsets
 
@@ -51,7 +52,7 @@ class Sample:
         """Tokens that each pair adds to a stream."""
         return [pair.num_stream_tokens for pair in self.pairs]
 
-    def mean(self, numbers: Sequence[float]) -> float:
+    def mean(self, numbers: Sequence[int]) -> float:
         """Over the pairs."""
         return sum(numbers) / len(self.pairs)
 
@@ -205,16 +206,9 @@ def choose_budget(fake: FakePolicy, config: Config, left: float, sample: Sample)
 
 
 def bytes_per_token(fake: FakePolicy, sample: Sample) -> float:
-    """Of a micro-batch of the first pairs, up to PROBE_TOKENS; the same pair again if it is one."""
-    pairs = list(sample.pairs)
-    if len(pairs) == 1:
-        pairs *= max(1, PROBE_TOKENS // sample.tokens[0])
-    chosen = [pairs[0]]
-    for pair in pairs[1:]:
-        if sum(p.num_stream_tokens for p in [*chosen, pair]) > PROBE_TOKENS:
-            break
-        chosen.append(pair)
-    return fake.step_bytes(chosen) / sum(pair.num_stream_tokens for pair in chosen)
+    """Of a micro-batch of the first pairs: more of them would take longer and say the same."""
+    pairs = list(islice(cycle(sample.pairs), PROBE_PAIRS))
+    return fake.step_bytes(pairs) / sum(pair.num_stream_tokens for pair in pairs)
 
 
 def mean_work(fake: FakePolicy, sample: Sample, budget: Budget) -> Work:
@@ -243,7 +237,7 @@ def total_steps(config: Config, sample: Sample) -> int:
     return config.train.num_train_epochs * math.ceil(sample.num_pairs / pairs_per_step(config))
 
 
-def disk_parts(config: Config, fake: FakePolicy, sample: Sample, steps: int) -> dict[str, float]:
+def disk_parts(config: Config, fake: FakePolicy, sample: Sample, steps: int) -> dict[str, int]:
     """Bytes by what is written, the most of it that lies there at once."""
     train = config.train
     weights = sum(p.numel() * p.element_size() for p in fake.trained)
@@ -253,12 +247,12 @@ def disk_parts(config: Config, fake: FakePolicy, sample: Sample, steps: int) -> 
     pairs = sample.num_pairs or steps * pairs_per_step(config)
     ids = [sum(map(len, (p.prompt_ids, p.chosen_ids, p.rejected_ids))) for p in sample.pairs]
     scored = [pair.num_scored_tokens for pair in sample.pairs]
-    parts: dict[str, float] = {
+    parts = {
         f"{kept} checkpoints": kept * checkpoint,
         "best/": weights if train.metric_for_best_model else 0,
         "final/": weights,
-        f"{pairs} tokenised pairs": pairs * (4 * sample.mean(ids) + PAIR_BYTES),
-        "reference cache": pairs * (4 * sample.mean(scored) + PAIR_BYTES),
+        f"{pairs} tokenised pairs": round(pairs * (4 * sample.mean(ids) + PAIR_BYTES)),
+        "reference cache": round(pairs * (4 * sample.mean(scored) + PAIR_BYTES)),
         "merged model, if you merge": fake.num_base_weights() * fake.base.dtype.itemsize,  # type: ignore[operator,union-attr]
     }
     if config.reference.mode == "zero" or config.reference.cache == "off":

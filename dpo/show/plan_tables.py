@@ -30,8 +30,8 @@ ALLOWANCE_GIB = 2.0  # CUDA's context, the driver's and ECC's share, the allocat
 def plan_tables(config: Config, gpu: Gpu, sample: Sample, *, mfu: float) -> Iterator[Table]:
     """Lengths; memory; FLOPs and time, at the share `mfu` of the GPU's peak; disk."""
     steps = total_steps(config, sample)
-    yield _lengths_table(sample)
     fake = FakePolicy(config)
+    yield _lengths_table(sample)
     parts = memory_parts(fake, config)
     left = (gpu.memory_gib - ALLOWANCE_GIB) * 2**30 - sum(parts.values())
     budget = choose_budget(fake, config, left, sample)
@@ -134,15 +134,15 @@ def _costs_table(
     return Table(rows, notes=[note])
 
 
-def _disk_table(parts: dict[str, float]) -> Table:
+def _disk_table(parts: dict[str, int]) -> Table:
     return Table([("disk", ""), *((name, _size(size)) for name, size in parts.items())])
 
 
-def _gib(size: float) -> str:
+def _gib(size: int | float) -> str:
     return f"{size / 2**30:.2f}"
 
 
-def _size(size: float) -> str:
+def _size(size: int | float) -> str:
     unit, name = next((u for u in _UNITS if size >= u[0]), _UNITS[-1])
     return f"{size / unit:.3g} {name}"
 

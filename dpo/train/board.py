@@ -35,6 +35,12 @@ LAYOUT = {
         "length of the answers, tokens": ["eval/lengths/generated"],
         "answers right": ["eval/exact_match"],
     },
+    "throughput": {
+        "pairs per second": ["train/pairs_per_second"],
+        "model TFLOP/s of one device": ["train/model_tflops"],
+        "share of the time": ["train/time/reference", "train/time/data", "train/time/step"],
+        "peak memory, GiB": ["train/memory_gib"],
+    },
 }
 # The results that the HParams tab shows beside the settings.
 RESULTS = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "eval/kl")

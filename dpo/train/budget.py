@@ -16,6 +16,7 @@ from torch import nn
 
 from dpo.config import UserError
 from dpo.data.stream import TokenizedPair, build_stream
+from dpo.model.load import checkpoint_layers
 from dpo.model.memory import free_bytes, peak_bytes
 from dpo.show.evaluate import pair_logps
 
@@ -96,10 +97,11 @@ def auto_budget(
     # Not there yet while it measures: gradients, and AdamW's two moments.
     trained = [p for p in model.parameters() if p.requires_grad]
     reserved = sum(p.numel() * (p.element_size() + 8) for p in trained)
-    is_on = bool(getattr(model, "is_gradient_checkpointing", False))
+    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    is_on = base.is_activation_checkpointing
     for every_n in (1,) if is_on else CHECKPOINT_EVERY:
         if every_n and not is_on:
-            checkpoint_layers(model, every_n)
+            checkpoint_layers(base, every_n)
         try:
             per_token = peak_bytes(device, work) / num_tokens
             free = free_bytes(device) - reserved
@@ -119,12 +121,4 @@ def auto_budget(
         f"train.tokens_per_microbatch: got auto, but the longest pair has {longest} tokens and "
         f"{budget} fit, with gradient checkpointing. Lower data.max_length, or take "
         "model.quantization nf4, a smaller model or a device with more memory."
-    )
-
-
-def checkpoint_layers(model: nn.Module, every_n: int = 1) -> None:
-    """Turns gradient checkpointing on in every n-th layer."""
-    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-    base.activation_checkpointing_enable(
-        activation_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=every_n
     )

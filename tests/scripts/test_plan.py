@@ -1,5 +1,7 @@
 """scripts/plan.py as a user runs it."""
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,8 @@ import pytest
 from tests.models import tiny
 from tests.scripts.test_scripts import script
 
-RECIPE = Path(__file__).parents[2] / "scripts" / "configs" / "neuralhermes.yaml"
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "scripts" / "configs" / "neuralhermes.yaml"
 
 
 @pytest.fixture
@@ -21,7 +24,8 @@ def test_a_recipe_is_planned_from_config_json_alone(folder):
     code, out, err = script("plan.py", "--gpu", "a100-80", "--lengths", "50,20,30", *flags)
     assert (code, err) == (0, "")
     heads = ("tokens of a pair, as given", "memory", "FLOPs", "disk")
-    assert [part.split("  ")[0] for part in out.split("\n\n") if part.strip()] == list(heads)
+    tables = [table.splitlines()[0] for table in out.strip().split("\n\n")]
+    assert [head.split("  ")[0] for head in tables] == list(heads)
     assert "base weights, fp4" in out
     assert "optimizer state, paged_adamw_32bit" in out
 
@@ -38,10 +42,13 @@ def test_a_recipe_is_planned_from_config_json_alone(folder):
         (["--gpu", "L4", "--config", RECIPE], "teknium/OpenHermes-2.5-Mistral-7B"),
     ],
 )
-def test_a_user_error_is_one_message_and_exit_code_2(flags, said):
+def test_a_user_error_is_one_message_and_exit_code_2(flags, said, monkeypatch, capsys):
     """The last: a recipe whose model cannot be had without the network."""
-    code, out, err = script("plan.py", *flags)
-    assert (code, out) == (2, "")
+    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "scripts" / "plan.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out) == (2, "")
     assert err.startswith("error: ")
     assert said in err
     assert "Traceback" not in err
