@@ -66,7 +66,7 @@ def main() -> None:
         bases = {"x all on": ALL_ON}
         report = f"""# Each idea off
 
-{common.provenance(args.threads, "torch", "transformers", "peft", "accelerate")}
+{common.provenance(args.threads, ["torch", "transformers", "peft", "accelerate"])}
 
 {common.race_table(task, common.clock(args), counted, rounds, bases)}
 

@@ -190,7 +190,7 @@ class Race:
 
     def __init__(self, connection: Any, counts_flops: bool):
         self._connection, self._counts_flops = connection, counts_flops
-        self._counter = FlopCounterMode(display=False, custom_mapping=_SDPA_ON_CPU)
+        self._counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
         self._clocks: list[tuple[float, float]] = []
         self._adapter, self._tokens = "", 0
 
@@ -286,10 +286,11 @@ def _attention_flops(query: Any, key: Any, is_causal: bool, products: int) -> in
     return int(products * 2 * batch * heads * visible * width)
 
 
-# FlopCounterMode knows the kernels of GPUs alone. That of the CPU leaves out what is_causal hides,
-# half of it, and computes what a mask hides. Forward: 2 products, backward: 5.
+# What FlopCounterMode does not know. The CPU's attention leaves out what is_causal hides, half of
+# it, and computes what a mask hides. Forward: 2 products, backward: 5.
 _ATEN: Any = torch.ops.aten
-_SDPA_ON_CPU = {
+_FORMULAS = {
+    _ATEN.addmm_: lambda total, left, right, **_: 2 * left[0] * left[1] * right[1],
     _ATEN._scaled_dot_product_flash_attention_for_cpu: (
         lambda q, k, v, dropout=0.0, is_causal=False, *_, **__: _attention_flops(q, k, is_causal, 2)
     ),
@@ -384,7 +385,7 @@ def race_table(
     return table(head, rows)
 
 
-def provenance(threads: int, *packages: str) -> str:
+def provenance(threads: int, packages: Iterable[str]) -> str:
     """When, on what, with which versions."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
@@ -403,15 +404,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 3) -> str:
     """Median, lowest and highest."""
     middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+    return f"{middle:.{digits}g} ({low:.{digits}g} to {high:.{digits}g})"
 
 
 def publish(report: str, output: Path | None) -> None:
     """Prints the report, and writes it to the file that was asked for."""
-    print(report)
+    report = report.rstrip("\n") + "\n"
+    print(report, end="")
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(report)

@@ -144,9 +144,10 @@ def main() -> None:
         counted = {name: side(counts_flops=True) for name, side in sides.items()}
         agreement = check_agreement(counted, task)
         rounds = common.interleave(sides, args.rounds)
+        packages = ["torch", "transformers", "peft", "accelerate", "trl"]
         report = f"""# Against TRL
 
-{common.provenance(args.threads, "torch", "transformers", "peft", "accelerate", "trl")}
+{common.provenance(args.threads, packages)}
 
 {common.race_table(task, common.clock(args), counted, rounds, BASES)}
 

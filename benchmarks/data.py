@@ -41,7 +41,7 @@ LENGTHS = Path(__file__).parent / "orca_lengths.json"
 TOKENIZER = PACKAGE / "quickstart" / "model"
 PAIRS_READ, PAIRS_PER_STEP = 3200, 16  # the article's run
 CORES = len(os.sched_getaffinity(0))
-SAMPLE_SECONDS = 0.05
+SAMPLE_SECONDS = 0.2
 QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
 MIB = 2**20
 
@@ -59,14 +59,15 @@ def main() -> None:
     flags.add_argument("--skip-trl", action="store_true", help="only measure ours")
     flags.add_argument("--output", type=Path, help="also write the report there")
     args = flags.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        report = "\n\n".join([scale(args, Path(folder)), against_trl(args, Path(folder))])
     import common  # here, since the processes that are measured do without the trainer
 
-    provenance = common.provenance(
-        os.cpu_count() or 1, ["transformers", "tokenizers", "datasets", "pyarrow"]
-    )
-    common.publish(f"# Data at scale\n\n{provenance}.\n\n{report}", args.output)
+    packages = ("transformers", "tokenizers", "datasets", "pyarrow")
+    parts = ["# Data at scale", f"{common.provenance(CORES, packages)}."]
+    with tempfile.TemporaryDirectory() as folder:
+        for measure in (scale, against_trl):
+            parts.append(measure(args, Path(folder)))
+            print(parts[-1], file=sys.stderr)
+    common.publish("\n\n".join(parts), args.output)
 
 
 # The same work for a hundred times the rows
@@ -213,14 +214,14 @@ def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)  # type: ignore[return-value]
 
 
-def verify(path: Path) -> Iterator[dict[str, Any]]:
-    """Compares our ids, and TRL's where it is there, with those of the whole text.
+def verify(path: Path, with_trl: bool = False) -> Iterator[dict[str, Any]]:
+    """Compares token ids with those of the whole text.
 
     Ours end with the turn's end, TRL's with the newline that the template writes after it.
     """
     tokenizer = load_tokenizer()
     pairs, rows = load(path, tokenizer).train, conversations(path)
-    theirs = prepared_by_trl(rows, tokenizer, None) if find_spec("trl") else [None] * len(rows)
+    theirs = prepared_by_trl(rows, tokenizer, None) if with_trl else [None] * len(rows)
     newline = tokenizer.encode("\n", add_special_tokens=False)
     for pair, row, other in zip(pairs, rows, theirs, strict=True):
         for side in ("chosen", "rejected"):
@@ -228,7 +229,12 @@ def verify(path: Path) -> Iterator[dict[str, Any]]:
             assert [*pair.prompt_ids, *getattr(pair, f"{side}_ids"), *newline] == whole
             assert other is None or other["prompt_ids"] + other[f"{side}_ids"] == whole
         assert other is None or other["prompt_ids"] == pair.prompt_ids
-    yield {"rows": len(rows)}
+    yield {}
+
+
+def verify_both(path: Path) -> Iterator[dict[str, Any]]:
+    """The same, TRL's too."""
+    yield from verify(path, with_trl=True)
 
 
 def prepare_trl(path: Path, num_proc: int | None = None) -> Iterator[dict[str, Any]]:
@@ -277,7 +283,8 @@ def prepared_by_trl(
 
 
 TASKS = {
-    task.__name__: task for task in (prepare, start, verify, prepare_trl, prepare_trl_on_every_core)
+    task.__name__: task
+    for task in (prepare, start, verify, verify_both, prepare_trl, prepare_trl_on_every_core)
 }
 
 
@@ -297,14 +304,15 @@ def against_trl(args: argparse.Namespace, folder: Path) -> str:
 
     path = folder / "sample.jsonl"
     write_rows(path, args.sample, 1)
-    sides = {"ours": "prepare"}
+    sides, check = {"ours": "prepare"}, "verify"
     if find_spec("trl") and not args.skip_trl:
+        check = "verify_both"
         sides |= {
             "TRL, defaults": "prepare_trl",
             f"TRL, dataset_num_proc={CORES}": "prepare_trl_on_every_core",
         }
     print(f"comparing the token ids of {args.sample:,} rows", file=sys.stderr)
-    watch("verify", path, folder / "verify")
+    watch(check, path, folder / check)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(args.rounds):
         for name, task in sides.items():
@@ -314,7 +322,7 @@ def against_trl(args: argparse.Namespace, folder: Path) -> str:
     rows = [
         [
             name,
-            common.spread([args.sample / s for s in its], 4),
+            common.spread([args.sample / s for s in its]),
             f"{statistics.median(its) / ours:.2f}",
         ]
         for name, its in seconds.items()

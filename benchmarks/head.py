@@ -130,7 +130,7 @@ def main() -> None:
     head = "|products, frozen head|training head|peak extra, GiB|time|worst, nats|worst gradient"
     report = f"""# The head
 
-{common.provenance(args.threads, "torch")}
+{common.provenance(args.threads, ["torch"])}
 
 {common.table(head.split("|"), rows)}
 

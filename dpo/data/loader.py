@@ -88,6 +88,11 @@ class Pairs(Sequence[TokenizedPair]):
             digest.update(self._places.tobytes())
         return digest.hexdigest()
 
+    @property
+    def longest(self) -> int:
+        """Tokens that the longest pair of the sources adds to a stream, be it of these or not."""
+        return max(file.longest for _, file in self._files)
+
     def select(self, indices: Int[np.ndarray, " selected"]) -> "Pairs":
         """These of the pairs, in this order; may repeat."""
         return Pairs(self._files, self._all_places()[indices])

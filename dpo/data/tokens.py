@@ -11,16 +11,9 @@ the process.
 
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
-import sys
 import tempfile
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,12 +32,12 @@ from dpo.data.audit import Audit
 from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer, Limits, choose_template, require_chatml
 from dpo.data.formats import RowError, to_preference
 from dpo.data.sources import Row, Source
+from dpo.data.workers import in_order, num_cores
 
 BATCH_ROWS = 1000  # a worker's task: about a second
 BLOCK_PAIRS = 50  # read at once: 16 microseconds a pair for short ones, 80 for 600 tokens
 MAX_WORKERS = 16  # more than the one process that reads and writes can feed
 MAX_DIFFERING = 0.02  # share of rows that the template may render differently; above, it is refused
-_PARALLELISM = "TOKENIZERS_PARALLELISM"
 _SCHEMA = pa.schema(
     {
         "row": pa.int64(),
@@ -66,6 +59,8 @@ class TokenFile:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.digest: str = about["digest"]
         """Of all token ids, however they were batched."""
+        self.longest: int = about["longest"]
+        """Tokens that the longest pair adds to a stream."""
         self.report: dict[str, Any] = about["audit"]
 
     def __len__(self) -> int:
@@ -133,6 +128,7 @@ class _Tokenized(NamedTuple):
 
     pairs: pa.RecordBatch
     prompts: np.ndarray
+    longest: int
     audit: Audit
 
 
@@ -171,7 +167,8 @@ def _tokenize(
     audit.pairs_kept = len(made)
     rows = [{"row": row} | vars(pair) for row, _, pair in made]
     prompts = np.array([_number(prompt) for _, prompt, _ in made], dtype=np.int64)
-    return _Tokenized(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA), prompts, audit)
+    longest = max((pair.num_stream_tokens for _, _, pair in made), default=0)
+    return _Tokenized(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA), prompts, longest, audit)
 
 
 def _number(text: str) -> int:
@@ -193,7 +190,7 @@ def _write(folder: Path, source: Source, work: _Work) -> None:
 
 
 def _write_files(folder: Path, source: Source, work: _Work) -> None:
-    audit, digest = Audit(), _TokenDigest()
+    audit, digest, longest = Audit(), _TokenDigest(), 0
     left_over = pa.RecordBatch.from_pylist([], schema=_SCHEMA)
     progress = tqdm(
         total=len(source), desc=f"tokenising {source.name}", unit="row", leave=False, disable=None
@@ -202,11 +199,12 @@ def _write_files(folder: Path, source: Source, work: _Work) -> None:
         pa.OSFile(str(folder / "pairs.arrow"), "wb") as file,
         pa.ipc.new_file(file, _SCHEMA) as writer,
         (folder / "prompts.int64").open("wb") as prompts,
-        closing(_in_order(work, _batches(source), _num_workers(len(source)))) as results,
+        closing(in_order(work, _batches(source), _num_workers(len(source)))) as results,
         progress,
     ):
         for made in results:
             audit.absorb(made.audit)
+            longest = max(longest, made.longest)
             digest.update(made.pairs)
             prompts.write(made.prompts.tobytes())
             pairs = pa.concat_batches([left_over, made.pairs])
@@ -216,7 +214,7 @@ def _write_files(folder: Path, source: Source, work: _Work) -> None:
             progress.update(made.audit.rows_read)
             _refuse_differing(source, audit)
         writer.write_batch(left_over)
-    about = {"digest": digest.hexdigest(), "audit": audit.report()}
+    about = {"digest": digest.hexdigest(), "longest": longest, "audit": audit.report()}
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
@@ -266,64 +264,7 @@ def _batches(source: Source) -> Iterator[_Batch]:
 
 def _num_workers(num_rows: int) -> int:
     """One a core; a few thousand rows are done before a process has started to pay."""
-    known = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-    return max(1, min(cores, MAX_WORKERS, num_rows // (2 * BATCH_ROWS)))
-
-
-def _in_order(
-    work: _Work, batches: Iterable[_Batch], num_workers: int
-) -> Generator[_Tokenized, None, None]:
-    """Results in the order of the batches, of which a few are read ahead, and never all."""
-    if num_workers == 1:
-        yield from map(work, batches)
-        return
-    with _workers(work, num_workers) as pool:
-        pending = deque()
-        for batch in batches:
-            pending.append(pool.submit(_do_work, batch))
-            if len(pending) > 2 * num_workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-@contextmanager
-def _workers(work: _Work, number: int) -> Iterator[ProcessPoolExecutor]:
-    """Forked where that is safe: they start in no time, and share the tokenizer's memory."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(number, context, initializer=_start_worker, initargs=(work,))
-    before = os.environ.get(_PARALLELISM)
-    os.environ[_PARALLELISM] = "false"  # one core each; and unset, it warns of the fork
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        del os.environ[_PARALLELISM]
-        if before is not None:
-            os.environ[_PARALLELISM] = before
-
-
-_task: _Work  # of this process, where it is a worker
-
-
-def _start_worker(work: _Work) -> None:
-    global _task
-    _task = work
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the parent speaks, the workers just end
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed could not stop its workers; they would wait for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _do_work(batch: _Batch) -> _Tokenized:
-    return _task(batch)
+    return max(1, min(num_cores(), MAX_WORKERS, num_rows // (2 * BATCH_ROWS)))
 
 
 def _code_digest() -> str:

@@ -24,12 +24,10 @@ from dpo.data.stream import TokenizedPair, build_stream
 from dpo.model.costs import GPUS, Gpu, Work, find_gpu, nearest_gpus, work
 from dpo.model.fake import FakePolicy
 from dpo.model.load import load_tokenizer
+from dpo.model.memory import CHECKPOINT_EVERY, fitting_tokens
 
 SAMPLE_ROWS = 256
 PROBE_PAIRS = 4
-# The trainer's rule (dpo.train.budget) for tokens_per_microbatch auto.
-MOST_TOKENS, SHARE = 16384, 0.9
-CHECKPOINT_EVERY = (0, 4, 2, 1)
 PAIR_BYTES = 32  # of a pair on disk, beside its numbers: digests, offsets
 
 
@@ -198,7 +196,7 @@ def choose_budget(fake: FakePolicy, config: Config, left: float, sample: Sample)
         per_token = bytes_per_token(fake, sample)
         if configured != "auto":
             return Budget(configured, per_token, every)
-        fits = max(0, min(MOST_TOKENS, int(SHARE * left / per_token)))
+        fits = fitting_tokens(left, per_token)
         found = Budget(fits, per_token, every)
         if fits >= max(sample.tokens):
             break

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from dpo.config import Config
 from dpo.model.costs import Costs, Gpu, Work, costs
 from dpo.model.fake import FakePolicy
+from dpo.model.memory import MOST_TOKENS, SHARE
 from dpo.show.evaluation_tables import Row, Table
 from dpo.show.plan import (
-    MOST_TOKENS,
-    SHARE,
     Budget,
     Sample,
     bytes_per_token,

@@ -17,13 +17,10 @@ from torch import nn
 from dpo.config import UserError
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.model.load import checkpoint_layers
-from dpo.model.memory import free_bytes, peak_bytes
+from dpo.model.memory import CHECKPOINT_EVERY, fitting_tokens, free_bytes, peak_bytes
 from dpo.show.evaluate import pair_logps
 
 PROBE_TOKENS = 2048  # enough for the bytes that do not depend on the tokens to count for little
-MOST_TOKENS = 16384  # more make no product faster, and a step has few more
-SHARE = 0.9
-CHECKPOINT_EVERY = (0, 4, 2, 1)  # which layers: none, every fourth, every second, every one
 
 
 def token_budget(run: Any, state: dict[str, Any]) -> tuple[int, str]:
@@ -94,9 +91,10 @@ def auto_budget(
     Raises:
         UserError: the longest pair does not fit, even with every layer checkpointed.
     """
-    # Not there yet while it measures: gradients, and AdamW's two moments.
     trained = [p for p in model.parameters() if p.requires_grad]
-    reserved = sum(p.numel() * (p.element_size() + 8) for p in trained)
+    for parameter in trained:  # there in every micro-batch, and not of its tokens
+        parameter.grad = torch.zeros_like(parameter)
+    moments = sum(8 * p.numel() for p in trained)  # AdamW's two, which are not there yet
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
     is_on = base.is_activation_checkpointing
     for every_n in (1,) if is_on else CHECKPOINT_EVERY:
@@ -104,13 +102,13 @@ def auto_budget(
             checkpoint_layers(base, every_n)
         try:
             per_token = peak_bytes(device, work) / num_tokens
-            free = free_bytes(device) - reserved
-            fits = max(0, int(SHARE * free / per_token))
+            free = free_bytes(device) - moments
+            fits = fitting_tokens(free, per_token)
         except torch.OutOfMemoryError:
             per_token, free, fits = float("nan"), 0, 0
-        model.zero_grad()
-        budget = smallest_over_ranks(min(fits, MOST_TOKENS))
+        budget = smallest_over_ranks(fits)
         if budget >= longest:
+            model.zero_grad()
             how = f"; every {every_n}. layer is checkpointed" if every_n > 1 else ""
             how = "; every layer is checkpointed" if every_n == 1 else how
             return budget, (

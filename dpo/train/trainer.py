@@ -354,7 +354,7 @@ class Run:
         its_work = work(stream.segments, len(stream.targets), self.layout)
         flops = self.costs.flops(its_work)
         known = self.cached.last_found_share if self.cached else self.reference_mode == "zero"
-        return flops.total - flops.reference * known
+        return flops.useful - flops.reference * known
 
     def indices(self, step: int) -> list[int]:
         """Which pairs the step sees, on all ranks together."""

@@ -20,8 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo.config import Config, DataSource, UserError
-from dpo.data import loader, tokens
-from dpo.data.audit import Audit
+from dpo.data import loader, tokens, workers
 from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer
 from dpo.data.formats import to_preference
 from dpo.data.loader import balance, load_data, micro_batches, step_indices
@@ -574,8 +573,8 @@ def test_the_quickstart_rows_are_tokenised_with_none_lost():
 
 
 @pytest.fixture
-def workers(monkeypatch):
-    """Two of them, for any number of rows, and batches of three."""
+def two_workers(monkeypatch):
+    """For any number of rows, and batches of three."""
     monkeypatch.setattr(tokens, "BATCH_ROWS", 3)
     monkeypatch.setattr(tokens, "_num_workers", lambda num_rows: 2)
 
@@ -607,13 +606,13 @@ def test_two_workers_write_what_one_writes_byte_for_byte(write, cache, monkeypat
     alone = written(path, cache, **options)
     monkeypatch.setattr(tokens, "_num_workers", lambda num_rows: 2)
     monkeypatch.setattr(tokens, "to_preference", None)  # here; a worker has its own
-    start = tokens._start_worker
+    start = workers._start
 
     def start_worker(work):
         tokens.to_preference = to_preference
         start(work)
 
-    monkeypatch.setattr(tokens, "_start_worker", start_worker)
+    monkeypatch.setattr(workers, "_start", start_worker)
     assert written(path, cache, **options) == alone
     assert multiprocessing.active_children() == []
     assert alone[1]["dropped"]["identical answers"] == {"count": 1, "rows": [8]}
@@ -624,7 +623,7 @@ def test_two_workers_write_what_one_writes_byte_for_byte(write, cache, monkeypat
     assert written(write(MIXED[::-1]), cache, **options)[0] != alone[0]
 
 
-def test_rows_stay_in_order_though_the_first_batch_takes_longest(write, workers, monkeypatch):
+def test_rows_stay_in_order_though_the_first_batch_takes_longest(write, two_workers, monkeypatch):
     read = tokens.to_preference
 
     def slow(value, *args, **kwargs):
@@ -636,7 +635,9 @@ def test_rows_stay_in_order_though_the_first_batch_takes_longest(write, workers,
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_the_first_bad_row_is_told_whoever_meets_it(tmp_path, cache, workers, monkeypatch, number):
+def test_the_first_bad_row_is_told_whoever_meets_it(
+    tmp_path, cache, two_workers, monkeypatch, number
+):
     """Line 8 is no JSON and read before the rows of its batch, and of others, are looked at."""
     path = tmp_path / "rows.jsonl"
     monkeypatch.setattr(tokens, "_num_workers", lambda num_rows: number)
@@ -654,37 +655,38 @@ def test_the_first_bad_row_is_told_whoever_meets_it(tmp_path, cache, workers, mo
     assert (list(cache.iterdir()), multiprocessing.active_children()) == ([], [])
 
 
-def test_a_set_that_cannot_be_used_is_refused_by_workers_too(write, cache, workers):
+def test_a_set_that_cannot_be_used_is_refused_by_workers_too(write, cache, two_workers):
     with pytest.raises(UserError, match=r"in 3 of the first 3 rows \(such as 1, 2, 3\)"):
         load(write(fickle_rows(60, {1, 2, 3})), FICKLE)
     assert (list(cache.iterdir()), multiprocessing.active_children()) == ([], [])
 
 
-def test_only_a_few_batches_are_read_ahead(workers):
+def test_only_a_few_batches_are_read_ahead():
     """Two for each of two workers and one: a set of any size is not read at once."""
-    made = tokens._Tokenized(pa.RecordBatch.from_pylist([{"row": 1}]), np.arange(1), Audit())
     read = []
 
-    def batches():
+    def tasks():
         for number in range(100):
             read.append(number)
-            yield tokens._Batch([])
+            yield number
 
-    with closing(tokens._in_order(lambda batch: made, batches(), 2)) as results:
-        assert next(results) == made
+    with closing(workers.in_order(str, tasks(), 2)) as results:
+        assert next(results) == "0"
         assert len(read) == 5
+    assert multiprocessing.active_children() == []
+    assert [*workers.in_order(str, range(100), 2)] == [*map(str, range(100))]
 
 
 INTERRUPTED = """
 import datasets, os, pathlib, signal, sys, threading, time
-from dpo.data import tokens
+from dpo.data import tokens, workers
 from tests.data.test_loader import BASE, build, config, load_data
 
 datasets.config.HF_DATASETS_CACHE = pathlib.Path(sys.argv[2])
 tokens.BATCH_ROWS, tokens._num_workers = 3, lambda num_rows: 2
 tokens.to_preference = lambda *args, **kwargs: time.sleep(60)
-start = tokens._start_worker
-tokens._start_worker = lambda work: (print(os.getpid(), flush=True), start(work))
+start = workers._start
+workers._start = lambda work: (print(os.getpid(), flush=True), start(work))
 load_data(config(sys.argv[1]), build(BASE))
 """
 
@@ -700,8 +702,8 @@ def test_an_interrupted_or_killed_process_leaves_no_worker(write, cache, number)
         text=True,
         start_new_session=True,
     )
-    workers = [int(process.stdout.readline()) for _ in range(2)]
-    assert all(map(runs, workers))
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    assert all(map(runs, pids))
     time.sleep(0.2)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
@@ -709,9 +711,9 @@ def test_an_interrupted_or_killed_process_leaves_no_worker(write, cache, number)
         process.kill()
     _, said = process.communicate(timeout=20)
     deadline = time.monotonic() + 10
-    while any(map(runs, workers)) and time.monotonic() < deadline:
+    while any(map(runs, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(runs, workers))
+    assert not any(map(runs, pids))
     if number == signal.SIGINT:
         assert said.count("Traceback") == 1
         assert said.rstrip().endswith("KeyboardInterrupt")
@@ -727,7 +729,7 @@ def runs(pid):
 
 
 @pytest.mark.parametrize("before", [None, "true"])
-def test_the_environment_is_left_as_it_was(write, workers, monkeypatch, capfd, before):
+def test_the_environment_is_left_as_it_was(write, two_workers, monkeypatch, capfd, before):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     if before:
         monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)

@@ -14,6 +14,7 @@ from dpo.data.stream import TokenizedPair, build_stream
 from dpo.model.costs import GPUS, Gpu, Work, costs
 from dpo.model.fake import FakePolicy
 from dpo.model.load import load_policy
+from dpo.model.memory import MOST_TOKENS
 from dpo.model.reference import build_reference
 from dpo.model.scorer import Scorer
 from dpo.show import plan
@@ -30,7 +31,6 @@ from dpo.show.plan import (
     total_steps,
 )
 from dpo.show.plan_tables import plan_tables
-from dpo.train import budget as trainers
 from dpo.train.optim import build_optimizer
 from tests.flops import counted_flops
 from tests.models import tiny, with_lora
@@ -44,7 +44,7 @@ LENGTHS = "600,300,400"  # 1298 tokens computed
 @pytest.fixture
 def folder(tmp_path):
     """A model that is nothing but its config.json."""
-    tiny(**SIZES).config.save_pretrained(tmp_path / "shape")
+    tiny(**SIZES | {"num_hidden_layers": 2}).config.save_pretrained(tmp_path / "shape")
     return tmp_path / "shape"
 
 
@@ -190,7 +190,7 @@ def test_time_is_flops_over_the_assumed_rate(folder):
     slow, fast = (cells(said(config, gpu, mfu=mfu), "time of the run") for mfu in (0.1, 0.2))
     assert slow[1] == fast[1] == "h"
     assert float(slow[0]) == pytest.approx(2 * float(fast[0]), rel=0.02)
-    assert float(slow[2]) < 0.75 * float(slow[0])
+    assert float(slow[2]) < 0.8 * float(slow[0])
 
 
 def test_without_a_reference_none_is_counted(folder):
@@ -210,23 +210,18 @@ def test_full_fine_tuning_has_a_frozen_copy_and_no_adapter(folder):
 # ------------------------------------------------------------------------------- what fits
 
 
-def test_the_rule_is_the_trainers():
-    names = ("MOST_TOKENS", "SHARE", "CHECKPOINT_EVERY")
-    assert [getattr(plan, n) for n in names] == [getattr(trainers, n) for n in names]
-
-
 def test_the_budget_is_nine_tenths_of_what_is_left(folder):
-    config, sample = configuration(folder, "--train.tokens_per_microbatch", "auto"), LENGTHS
-    fake, sample = FakePolicy(config), given_lengths(sample)
+    config = configuration(folder, "--train.tokens_per_microbatch", "auto")
+    fake, sample = FakePolicy(config), given_lengths(LENGTHS)
     per_token = bytes_per_token(fake, sample)
-    assert choose_budget(fake, config, 1000 * per_token, sample).tokens == 900
-    assert choose_budget(fake, config, 1e15, sample).tokens == plan.MOST_TOKENS
+    assert choose_budget(fake, config, 2000.5 * per_token, sample).tokens == 1800
+    assert choose_budget(fake, config, 1e15, sample).tokens == MOST_TOKENS
     configured = configuration(folder, "--train.tokens_per_microbatch", 777)
-    assert choose_budget(fake, configured, 1000 * per_token, sample).tokens == 777
+    assert choose_budget(fake, configured, 2000 * per_token, sample).tokens == 777
 
 
 def test_layers_are_checkpointed_where_the_longest_pair_does_not_fit_else(folder):
-    """Room for 1260 tokens, wanted 1298: every fourth layer saves enough; for 540: every one."""
+    """Of two. Room for 1260 tokens, wanted 1298: the first is enough; for 540: it is not."""
     config = configuration(folder, "--train.tokens_per_microbatch", "auto")
     sample = given_lengths(LENGTHS)
     per_token = bytes_per_token(FakePolicy(config), sample)
@@ -240,7 +235,7 @@ def test_layers_are_checkpointed_where_the_longest_pair_does_not_fit_else(folder
 
 def test_what_does_not_fit_is_said_with_what_would(folder):
     config = configuration(folder, "--train.tokens_per_microbatch", 10**6)
-    text = said(config, Gpu(2.2, 71.0))
+    text = said(config, Gpu(2.03, 71.0))
     assert "DOES NOT FIT" in text
     assert "Set train.tokens_per_microbatch to auto" in text
     assert "With train.gradient_checkpointing a pair of up to" in text

@@ -1,0 +1,82 @@
+"""One function over many tasks in worker processes: results in order, and few tasks read ahead.
+
+`Executor.map` and `Pool.imap` read all their tasks at once, so memory would grow with a data set;
+and a `Pool` whose worker was killed for memory waits for ever, where an executor says so.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
+_work: Callable[[Any], Any]  # of this process, where it is a worker
+
+
+def in_order(
+    work: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int
+) -> Generator[Result, None, None]:
+    """`map(work, tasks)`, and that is what it is for one worker. Close it: then no worker is left.
+
+    An exception of `work` is raised where its result would have come.
+    """
+    if num_workers == 1:
+        yield from map(work, tasks)
+        return
+    with _workers(work, num_workers) as pool:
+        pending = deque()
+        for task in tasks:
+            pending.append(pool.submit(_do, task))
+            if len(pending) > 2 * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def num_cores() -> int:
+    """Those that this process may use."""
+    known = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+
+
+@contextmanager
+def _workers(work: Callable[[Any], Any], number: int) -> Iterator[ProcessPoolExecutor]:
+    """Forked where that is safe: they start in no time, and share the tokenizer's memory."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(number, context, initializer=_start, initargs=(work,))
+    before = os.environ.get(_PARALLELISM)
+    os.environ[_PARALLELISM] = "false"  # one core each; and unset, tokenizers warns of the fork
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        del os.environ[_PARALLELISM]
+        if before is not None:
+            os.environ[_PARALLELISM] = before
+
+
+def _start(work: Callable[[Any], Any]) -> None:
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the parent speaks, the workers just end
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed could not stop its workers; they would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _do(task: Any) -> Any:
+    return _work(task)
