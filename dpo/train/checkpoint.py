@@ -142,6 +142,11 @@ def resume(run: Any, checkpoint: Path) -> dict[str, Any]:
         UserError: the size of a step, the pairs or the reference have changed since.
     """
     state = load_checkpoint(checkpoint, run.policy.model, run.optimizer.optimizer)
+    if "weights" not in state:
+        raise UserError(
+            f"train.resume: {checkpoint} was written by a version before 0.3.0, which kept no digest "
+            "of the reference. Set train.resume to never."
+        )
     if state["pairs_per_step"] != run.pairs_per_step:
         raise UserError(
             f"train.resume: {checkpoint} took {state['pairs_per_step']} pairs a step, now it "

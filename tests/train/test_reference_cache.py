@@ -160,6 +160,18 @@ def test_a_run_whose_model_changed_is_not_resumed(tmp_path):
         run(cached(tmp_path, *flags))
 
 
+def test_a_checkpoint_without_that_digest_is_refused(tmp_path, monkeypatch):
+    folder = run(config(tmp_path, "--train.save_steps", 2))
+    (folder / "summary.json").unlink()
+    file = folder / "checkpoint-2" / "state.json"
+    state = json.loads(file.read_text())
+    del state["weights"]
+    file.write_text(json.dumps(state))
+    monkeypatch.setattr("dpo.train.checkpoint.verify", lambda checkpoint: None)
+    with pytest.raises(UserError, match=r"version before 0\.3\.0"):
+        run(config(tmp_path, "--train.save_steps", 2))
+
+
 def test_training_and_evaluation_share_it(tmp_path, asked):
     """Rows that the first run trained on are held out by the second."""
     run(cached(tmp_path, "--train.max_steps", 2))
