@@ -266,8 +266,12 @@ def interleave(sides: dict[str, Side], rounds: int) -> dict[str, list[dict[str, 
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for number in range(rounds):
         for name, side in sides.items():
-            print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr)
-            results[name].append(side())
+            results[name].append(result := side())
+            seconds, growth = result["wall"], result["growth"] / 2**20
+            print(
+                f"round {number + 1} of {rounds}: {name}: {seconds:.1f} s, {growth:.0f} MiB",
+                file=sys.stderr,
+            )
     return results
 
 
@@ -318,7 +322,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 def add_task_flags(flags: argparse.ArgumentParser) -> None:
     """The flags of those that train."""
     flags.add_argument("--pairs", type=int, default=32)
-    flags.add_argument("--tokens-per-microbatch", type=int, default=2048, help="ours")
+    flags.add_argument("--tokens-per-microbatch", type=int, default=1024, help="ours")
     flags.add_argument("--scale", type=float, default=1.0, help="of all lengths, for a try")
     flags.add_argument("--layers", type=int, default=6)
 

@@ -84,7 +84,10 @@ def scale(args: argparse.Namespace, folder: Path) -> str:
         write_rows(path, number, args.divide)
         size = path.stat().st_size
         print(f"{number:,} rows: {size / MIB:,.0f} MiB, tokenising", file=sys.stderr)
-        cold, warm = watch("prepare", path, folder), watch("start", path, folder)
+        cold = watch("prepare", path, folder)
+        entries = {*(folder / "dpo_pairs").iterdir()}
+        warm = watch("start", path, folder)
+        assert entries == {*(folder / "dpo_pairs").iterdir()}, "not warm: has the code changed?"
         path.unlink()
         rows.append(
             [

@@ -144,7 +144,7 @@ def resume(run: Any, checkpoint: Path) -> dict[str, Any]:
     state = load_checkpoint(checkpoint, run.policy.model, run.optimizer.optimizer)
     if "weights" not in state:
         raise UserError(
-            f"train.resume: {checkpoint} was written by a version before 0.3.0, which kept no digest "
+            f"train.resume: {checkpoint} is of a version before 0.3.0, which kept no digest "
             "of the reference. Set train.resume to never."
         )
     if state["pairs_per_step"] != run.pairs_per_step:

@@ -610,15 +610,14 @@ def test_ids_are_those_of_the_whole_texts_under_sentencepiece(
 
 
 def test_the_prompt_of_a_chat_goes_through_the_tokenizer_once(monkeypatch):
-    seen, encode = [], ChatTokenizer._encode
+    seen, encode = [], ChatTokenizer._encode_batch
 
-    def noted(self, texts, **how):
+    def noted(self, texts):
         seen.extend(texts)
-        return encode(self, texts, **how)
+        return encode(self, texts)
 
-    tokenizer = build(FAMILIES["chatml"])
-    chat = ChatTokenizer(tokenizer, CHATML, ROOM, Audit())
-    monkeypatch.setattr(ChatTokenizer, "_encode", noted)
+    monkeypatch.setattr(ChatTokenizer, "_encode_batch", noted)
+    chat = ChatTokenizer(build(FAMILIES["chatml"]), CHATML, ROOM, Audit())
     assert len(list(chat.tokenize([(1, messages("the question"))]))) == 1
     assert seen == [
         "<|im_start|>user\nthe question<|im_end|>\n",
@@ -626,6 +625,34 @@ def test_the_prompt_of_a_chat_goes_through_the_tokenizer_once(monkeypatch):
         "<|im_start|>assistant\nThe Rhine.<|im_end|>\n",
         "<|im_start|>assistant\nParis.<|im_end|>\n",
     ]
+
+
+def test_ids_do_not_depend_on_what_the_tokenizer_was_used_for_before():
+    """It comes with a truncation, and has just spelt a control token out."""
+    tokenizer = build(FAMILIES["chatml"])
+    expected = tokenizer("<|im_start|>user")["input_ids"]
+    chat = ChatTokenizer(tokenizer, CHATML, ROOM, Audit())
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    spelt_out = chat._encode(["<|im_start|>"], split_special_tokens=True)
+    assert len(spelt_out[0]) > 2
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    assert chat._encode_batch(["<|im_start|>user"]) == [expected]
+    assert len(expected) == 5
+    backend = tokenizer.backend_tokenizer  # without being set back it would give other ids
+    backend.encode_special_tokens = True
+    assert backend.encode_batch_fast(["<|im_start|>user"])[0].ids != expected
+
+
+def test_a_tokenizer_with_an_encoding_of_its_own_is_asked_for_it():
+    class Upper(type(build(BASE))):
+        def _encode_plus(self, text, *args, **kwargs):
+            return super()._encode_plus([t.upper() for t in text], *args, **kwargs)
+
+    tokenizer = build(BASE)
+    expected = tokenizer("THE", add_special_tokens=False)["input_ids"]
+    tokenizer.__class__ = Upper
+    chat = ChatTokenizer(tokenizer, None, ROOM, Audit())
+    assert chat._encode_batch(["the"]) == [expected]
 
 
 @pytest.mark.parametrize(
