@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import select
 import statistics
 import subprocess
@@ -127,18 +128,21 @@ def write_rows(path: Path, number: int, divide: int) -> None:
 
 @dataclass
 class Watched:
-    """Of one process: seconds of each thing it did, and bytes, read from outside."""
+    """Of one process: seconds of each thing it did, and bytes, read from outside.
+
+    `processor` are the seconds that all cores worked for it: a busy machine changes them less.
+    """
 
     seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
     rss: list[int] = field(default_factory=list)
     peak: int = 0
     peak_of_workers: int = 0
-    told: list[dict[str, Any]] = field(default_factory=list)
 
 
 def watch(task: str, path: Path, cache: Path) -> Watched:
     """Runs one of TASKS in a fresh process, which stops after each part until it has been seen."""
-    seen = Watched()
+    seen, told = Watched(), []
     with subprocess.Popen(
         [sys.executable, __file__, task, str(path)],
         stdin=subprocess.PIPE,
@@ -156,14 +160,15 @@ def watch(task: str, path: Path, cache: Path) -> Watched:
             line = process.stdout.readline()
             if not line:
                 break
-            seen.told.append(json.loads(line))
+            told.append(json.loads(line))
             seen.rss.append(psutil.Process(process.pid).memory_info().rss)
             process.stdin.write("\n")
             process.stdin.flush()
     if process.returncode:
         sys.exit(f"{task} failed; its message stands above.")
-    clock = [told["clock"] for told in seen.told]
-    seen.seconds = [after - before for before, after in pairwise(clock)]
+    for before, after in pairwise(told):
+        seen.seconds.append(after["clock"] - before["clock"])
+        seen.processor.append(after["processor"] - before["processor"])
     return seen
 
 
@@ -181,24 +186,24 @@ def own_memory_of_children(pid: int) -> int:
 # What the processes do. Each yields when a part is done; the first part is what they import.
 
 
-def prepare(path: Path) -> Iterator[dict[str, Any]]:
+def prepare(path: Path) -> Iterator[None]:
     """Tokenises."""
     tokenizer = load_tokenizer()
-    yield {}
+    yield
     load(path, tokenizer)
-    yield {}
+    yield
 
 
-def start(path: Path) -> Iterator[dict[str, Any]]:
+def start(path: Path) -> Iterator[None]:
     """Finds the tokens, and reads some pairs as training does."""
     tokenizer = load_tokenizer()
-    yield {}
+    yield
     pairs = load(path, tokenizer).train
-    yield {}
+    yield
     for step in range(PAIRS_READ // PAIRS_PER_STEP):
         for index in step_indices(len(pairs), PAIRS_PER_STEP, 42, step):
             pairs[int(index)]
-    yield {}
+    yield
 
 
 def load_tokenizer() -> PreTrainedTokenizerBase:
@@ -217,7 +222,7 @@ def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)  # type: ignore[return-value]
 
 
-def verify(path: Path, with_trl: bool = False) -> Iterator[dict[str, Any]]:
+def verify(path: Path, with_trl: bool = False) -> Iterator[None]:
     """Compares token ids with those of the whole text.
 
     Ours end with the turn's end, TRL's with the newline that the template writes after it.
@@ -232,25 +237,25 @@ def verify(path: Path, with_trl: bool = False) -> Iterator[dict[str, Any]]:
             assert [*pair.prompt_ids, *getattr(pair, f"{side}_ids"), *newline] == whole
             assert other is None or other["prompt_ids"] + other[f"{side}_ids"] == whole
         assert other is None or other["prompt_ids"] == pair.prompt_ids
-    yield {}
+    yield
 
 
-def verify_both(path: Path) -> Iterator[dict[str, Any]]:
+def verify_both(path: Path) -> Iterator[None]:
     """The same, TRL's too."""
     yield from verify(path, with_trl=True)
 
 
-def prepare_trl(path: Path, num_proc: int | None = None) -> Iterator[dict[str, Any]]:
+def prepare_trl(path: Path, num_proc: int | None = None) -> Iterator[None]:
     """TRL's preparation; its rows are messages already, which it is not charged for."""
     tokenizer, rows = load_tokenizer(), conversations(path)
     import trl.trainer.dpo_trainer  # noqa: F401
 
-    yield {}
+    yield
     prepared_by_trl(rows, tokenizer, num_proc)
-    yield {}
+    yield
 
 
-def prepare_trl_on_every_core(path: Path) -> Iterator[dict[str, Any]]:
+def prepare_trl_on_every_core(path: Path) -> Iterator[None]:
     """The same, with `dataset_num_proc`."""
     yield from prepare_trl(path, CORES)
 
@@ -293,8 +298,10 @@ TASKS = {
 
 def run_task(task: str, path: Path) -> None:
     """In the process that is watched: after each part, says when, and waits until it was seen."""
-    for told in TASKS[task](path):
-        print(json.dumps({"clock": time.perf_counter(), **told}), flush=True)
+    for _ in TASKS[task](path):
+        usage = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        processor = sum(u.ru_utime + u.ru_stime for u in usage)
+        print(json.dumps({"clock": time.perf_counter(), "processor": processor}), flush=True)
         sys.stdin.readline()
 
 
@@ -316,20 +323,19 @@ def against_trl(args: argparse.Namespace, folder: Path) -> str:
         }
     print(f"comparing the token ids of {args.sample:,} rows", file=sys.stderr)
     watch(check, path, folder / check)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    seen: dict[str, list[Watched]] = {name: [] for name in sides}
     for number in range(args.rounds):
         for name, task in sides.items():
             print(f"round {number + 1}: {name}", file=sys.stderr)
-            seconds[name] += watch(task, path, folder / f"{task}-{number}").seconds
-    ours = statistics.median(seconds["ours"])
-    rows = [
-        [
-            name,
-            common.spread([args.sample / s for s in its]),
-            f"{statistics.median(its) / ours:.2f}",
-        ]
-        for name, its in seconds.items()
-    ]
+            seen[name].append(watch(task, path, folder / f"{task}-{number}"))
+    rows = []
+    for name, its in seen.items():
+        row = [name, common.spread([args.sample / run.seconds[0] for run in its], 4)]
+        row.append(common.spread([run.processor[0] / args.sample * 1e3 for run in its]))
+        for part in ("seconds", "processor"):
+            theirs, ours = ([getattr(run, part)[0] for run in r] for r in (its, seen["ours"]))
+            row.append(f"{statistics.median(theirs) / statistics.median(ours):.2f}")
+        rows.append(row)
     compared = "" if len(sides) > 1 else "TRL is not installed: not compared. "
     if args.skip_trl:
         compared = "TRL was left out. "
@@ -337,7 +343,9 @@ def against_trl(args: argparse.Namespace, folder: Path) -> str:
         f"## Tokenising\n\n{args.sample:,} rows of full length. {compared}All token ids were equal "
         "to those of the whole texts as the template renders them. Median (lowest to highest) of "
         f"{args.rounds} interleaved rounds, each in a fresh process.\n\n"
-        + common.table(["", "rows/s", "our speed-up"], rows)
+        + common.table(
+            ["", "rows/s", "processor ms a row", "time, ours = 1", "processor, ours = 1"], rows
+        )
     )
 
 

@@ -42,7 +42,7 @@ class Model:
 
     Attributes:
         base, adapter, layer, head: bytes of weights.
-        activations: bytes a token.
+        activations: bytes a token; without checkpointing, and with every layer checkpointed.
         flops: of a pair; with a live reference, and with a cached one.
     """
 
@@ -50,7 +50,7 @@ class Model:
     adapter: int
     layer: int
     head: int
-    activations: float
+    activations: tuple[float, float]
     flops: tuple[float, float]
 
 
@@ -88,7 +88,7 @@ def measure(shape: tuple[int, ...]) -> Model:
         adapter=int(at_depth("adapter")),
         layer=(deeper.base - shallow.base) // (PROBED_LAYERS[1] - PROBED_LAYERS[0]),
         head=2 * shape[0] * shape[5],
-        activations=at_depth("activations"),
+        activations=(at_depth("activations"), at_depth("checkpointed")),
         flops=(
             whole.flops(its_work).total,
             whole.flops(its_work, live_reference=False).total,
@@ -120,6 +120,8 @@ class Probe:
         pairs = [*given_lengths(",".join(map(str, LENGTHS))).pairs] * 4
         tokens = sum(pair.num_stream_tokens for pair in pairs)
         self.activations = fake.step_bytes(pairs) / tokens
+        fake.checkpoint(1)
+        self.checkpointed = fake.step_bytes(pairs) / tokens
         self.linear, self.adapter_flops = self.costs.linear, self.costs.adapter
         self.attention = self.costs.attention
 
@@ -139,14 +141,14 @@ def assumptions() -> list[str]:
     ]
 
 
-def per_gpu_gib(model: Model, gpus: int) -> float:
+def per_gpu_gib(model: Model, gpus: int, activations: float) -> float:
     """Shards, two gathered layers, the head, and the activations of a micro-batch.
 
     The adapter has gradients and two moments, all fp32 and sharded like it.
     """
     shards = (model.base + 4 * model.adapter) / gpus
     gathered = 0 if gpus == 1 else 2 * model.layer + model.head
-    return (shards + gathered + model.activations * TOKENS) / GIB
+    return (shards + gathered + activations * TOKENS) / GIB
 
 
 def memory_table(models: dict[str, Model]) -> list[str]:
@@ -158,17 +160,18 @@ def memory_table(models: dict[str, Model]) -> list[str]:
         "|---" * (3 + len(NUM_GPUS)) + "|",
     ]
     for name, model in models.items():
-        needs = [per_gpu_gib(model, gpus) for gpus in NUM_GPUS]
-        cells = [f"{need:.0f}" if need < 0.9 * MEMORY_GIB else f"({need:.0f})" for need in needs]
-        lines.append(
-            f"| {name} | {model.base / GIB:.0f} | {model.activations / 1024:.0f} | "
-            + " | ".join(cells)
-            + " |"
-        )
+        for activations, what in zip(model.activations, ("", ", checkpointed"), strict=True):
+            needs = [per_gpu_gib(model, gpus, activations) for gpus in NUM_GPUS]
+            fits = 0.9 * MEMORY_GIB
+            cells = [f"{need:.0f}" if need < fits else f"({need:.0f})" for need in needs]
+            lines.append(
+                f"| {name}{what} | {model.base / GIB:.0f} | {activations / 1024:.0f} | "
+                f"{' | '.join(cells)} |"
+            )
     return [
         *lines,
         "",
-        "In brackets: does not fit, and needs a smaller micro-batch, checkpointing or NF4.",
+        "In brackets: does not fit. A smaller micro-batch, checkpointing, NF4 or more GPUs help.",
         "",
     ]
 

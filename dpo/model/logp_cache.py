@@ -9,8 +9,8 @@ A folder belongs to one reference (`fingerprint.py` names it) and holds shards t
 
 A shard is written aside and renamed when complete, under a name of its own. So nothing is ever
 overwritten, several processes may write to one folder, and what a killed one left is not read. The
-log-probs are mapped into memory, a pair's are read when it is asked for; the keys (20 bytes a
-pair) are kept. A flipped bit anywhere makes the checksum fail: the pair counts as not there.
+log-probs are mapped into memory, a pair's are read when it is asked for; the index (32 bytes a
+pair) is kept. A flipped bit anywhere makes the checksum fail: the pair counts as not there.
 """
 
 import hashlib
@@ -95,14 +95,13 @@ class LogpCache:
             if path.name not in self._seen and not path.name.startswith("."):
                 self._seen.add(path.name)
                 try:
-                    shard = _Shard.open(path)
+                    keys, shard = _open(path)
                 except (SafetensorError, OSError, ValueError):
                     self.num_damaged += 1
                     continue
-                places = np.stack(
-                    [np.full(len(shard.keys), len(self._shards)), np.arange(len(shard.keys))], 1
-                )
-                added.append((shard.keys, places.astype(np.int32)))
+                entries = np.arange(len(keys), dtype=np.int32)
+                places = np.stack([np.full_like(entries, len(self._shards)), entries], axis=1)
+                added.append((keys, places))
                 self._shards.append(shard)
         if added:
             keys = np.concatenate([self._keys, *(keys for keys, _ in added)])
@@ -113,21 +112,11 @@ class LogpCache:
 
 @dataclass(frozen=True)
 class _Shard:
-    """One file: its index, and a handle through which log-probs are read where they lie."""
+    """One file: where its entries end, and a handle that reads log-probs where they lie."""
 
-    keys: np.ndarray
     checks: np.ndarray
     ends: np.ndarray
     logps: Any
-
-    @staticmethod
-    def open(path: Path) -> "_Shard":
-        """Raises: SafetensorError, OSError or ValueError, if the file is not a whole shard."""
-        with safe_open(path, framework="numpy") as file:
-            keys, checks, ends = (file.get_tensor(name) for name in ("keys", "checks", "ends"))
-            if not len(keys) == len(checks) == len(ends):
-                raise ValueError(f"{path}: columns of unequal lengths")
-            return _Shard(keys, checks, ends, file.get_slice("logps"))
 
     def read(self, entry: int, digest: bytes) -> Logps | None:
         """None if it is damaged, or another pair's."""
@@ -136,6 +125,19 @@ class _Shard:
             return None
         logps = self.logps[start:end]
         return logps if _check(digest, logps) == self.checks[entry] else None
+
+
+def _open(path: Path) -> tuple[np.ndarray, _Shard]:
+    """The keys of a shard, and the rest of it.
+
+    Raises:
+        SafetensorError, OSError or ValueError: the file is not a whole shard.
+    """
+    with safe_open(path, framework="numpy") as file:
+        keys, checks, ends = (file.get_tensor(name) for name in ("keys", "checks", "ends"))
+        if not len(keys) == len(checks) == len(ends):
+            raise ValueError(f"{path}: columns of unequal lengths")
+        return keys, _Shard(checks, ends, file.get_slice("logps"))
 
 
 def _key(digest: bytes) -> np.uint64:
