@@ -89,7 +89,7 @@ def free_bytes(device: torch.device) -> int:
     return max(0, min(available))
 
 
-def fitting_tokens(free: float, bytes_per_token: float) -> int:
+def fitting_tokens(free: float | int, bytes_per_token: float) -> int:
     """Tokens of a micro-batch that fit into so many bytes."""
     return max(0, min(MOST_TOKENS, int(SHARE * free / bytes_per_token)))
 
