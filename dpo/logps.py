@@ -76,6 +76,8 @@ class _FrozenHead(torch.autograd.Function):
             if jacobian is not None:
                 grad = _grad_logits_(logits, total, targets[rows], slope, scale)
                 jacobian[rows] = grad.to(weight.dtype) @ weight
+                del grad
+            del logits, slope  # or two tiles are alive while the next is made
         if jacobian is not None:
             ctx.save_for_backward(jacobian)
         return logps
@@ -106,6 +108,7 @@ class _TrainedHead(torch.autograd.Function):
         for rows in _tiles(len(hidden), len(weight)):
             logits, _ = _logits(hidden[rows], weight, bias, scale, softcap)
             logps[rows], _ = _target_logps_(logits, targets[rows])
+            del logits
         return logps
 
     @staticmethod
@@ -125,6 +128,7 @@ class _TrainedHead(torch.autograd.Function):
             grad = grad.to(weight.dtype)
             grad_hidden[rows] = grad @ weight
             grad_weight += grad.T @ hidden[rows]
+            del logits, slope, grad
         grad_bias = None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), None, grad_bias, None, None
 
