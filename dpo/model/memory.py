@@ -42,7 +42,7 @@ class PeakBytes(TorchDispatchMode):
         before = {storage._cdata for storage in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for storage in _storages(result):
-            if storage._cdata not in self._counted | before:  # else a view, or written in place
+            if storage._cdata not in before and storage._cdata not in self._counted:  # no view
                 self._count(storage)
         return result
 
