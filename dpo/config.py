@@ -44,6 +44,8 @@ class ModelConfig:
     """lora trains an adapter, none trains every weight."""
     attention: Literal["auto", "shared", "padded"] = "auto"
     """shared computes each prompt once, padded gives every answer a row; auto chooses."""
+    lean_layers: bool = True
+    """Keep less of each layer for the backward, where its kind is known (dpo.model.kernels)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 

@@ -7,51 +7,126 @@ right. Nothing attends across pairs.
 
 It is registered through transformers' `AttentionInterface`; no model is patched. The stock
 attentions cannot serve: they read the restarted positions of `rejected` as a new document and
-would hide the prompt from it. One call of scaled_dot_product_attention per segment here.
+would hide the prompt from it.
+
+On a GPU all segments of a stream are one call of `varlen_attn`, which needs no mask. Where it
+cannot be used (a CPU, fp32, older GPUs) there is one call of scaled_dot_product_attention per
+segment, and only the rejected ones have a mask, built once per stream.
 
 Axes of query, key and value: (1, heads, tokens, head width).
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from dpo.data.stream import Segment
+from dpo.data.stream import Segment, to_device
 
 NAME = "dpo_two_segment"
 KEYWORD = "dpo_layout"  # how the layout travels: model(..., dpo_layout=...) -> layer -> attention
 # What a call may carry that has no effect in training; anything else, unless None, is not honoured.
 _KNOWN = {"position_ids", "use_cache", "is_causal", "output_attentions", "cache_position"}
+_VARLEN_WIDTH = 256  # the widest head of the flash kernels
+_VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in torch 2.11
 
 
 class Layout:
-    """The segments of one stream, with the masks that its layers share, and a record of its calls.
+    """The segments of one stream, with what its layers share, and a record of its calls.
 
     The record is for `Scorer`'s probe: which attention modules were reached, and which asked for
     something that this attention does not do.
+
+    Args:
+        segments: of the stream.
+        device: where its tokens are.
     """
 
-    def __init__(self, segments: tuple[Segment, ...]):
-        self.segments = segments
+    def __init__(self, segments: tuple[Segment, ...], device: torch.device):
+        self.segments, self.device = segments, device
         self.num_calls = 0
         self.not_honoured: set[str] = set()
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
-    def mask(
-        self, queries: int, keys: int, window: int | None, device: torch.device
-    ) -> Bool[Tensor, "queries keys"]:
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of `shared and chosen` and of `rejected`, by turns: the whole stream in order."""
+        return [n for s in self.segments for n in (s.shared + s.chosen, s.rejected)]
+
+    def mask(self, queries: int, keys: int, window: int | None) -> Bool[Tensor, "queries keys"]:
         """True where a query may look: bottom-right causal, at most `window` tokens back."""
         at = (queries, keys, window)
         if at not in self._masks:
-            ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
+            ones = torch.ones(queries, keys, dtype=torch.bool, device=self.device)
             mask = ones.tril(keys - queries)
             self._masks[at] = mask if window is None else mask.triu(keys - queries - window + 1)
         return self._masks[at]
+
+    @cached_property
+    def joined(self) -> "Joined":
+        """How one call over all segments finds its queries and keys."""
+        keys: list[int] = []
+        firsts: list[int] = []
+        again: list[int] = []
+        query_ends, key_ends = [0], [0]
+        for segment in self.segments:
+            own = range(segment.start, segment.start + segment.shared + segment.chosen)
+            firsts += range(len(keys), len(keys) + len(own))
+            keys += own
+            query_ends.append(own.stop)
+            key_ends.append(len(keys))
+            if segment.rejected:  # of a segment without queries, the kernel writes no gradient
+                again += range(len(keys), len(keys) + segment.shared)
+                keys += own[: segment.shared]
+                firsts += range(len(keys), len(keys) + segment.rejected)
+                keys += range(own.stop, segment.end)
+                query_ends.append(segment.end)
+                key_ends.append(len(keys))
+
+        def tensor(values: list[int], dtype: torch.dtype = torch.long) -> Tensor:
+            return to_device(torch.tensor(values, dtype=dtype), self.device)
+
+        return Joined(
+            keys=tensor(keys),
+            firsts=tensor(firsts),
+            again=tensor(again),
+            query_ends=tensor(query_ends, torch.int32),
+            key_ends=tensor(key_ends, torch.int32),
+            most_queries=max(self.lengths),
+            most_keys=max(
+                segment.shared + max(segment.chosen, segment.rejected) for segment in self.segments
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """Indices for one attention over `shared chosen | shared rejected | ...`.
+
+    Attributes:
+        keys: which token each key is; shared ones come twice.
+        firsts: where each token of the stream comes first in `keys`.
+        again: where the shared tokens come for the second time.
+        query_ends, key_ends: of the segments, with a 0 before them.
+        most_queries, most_keys: of a segment.
+    """
+
+    keys: Int[Tensor, " keys"]
+    firsts: Int[Tensor, " tokens"]
+    again: Int[Tensor, " repeated"]
+    query_ends: Int[Tensor, " segments"]
+    key_ends: Int[Tensor, " segments"]
+    most_queries: int
+    most_keys: int
 
 
 def two_segment_attention(
@@ -72,13 +147,86 @@ def two_segment_attention(
     dpo_layout.not_honoured |= {
         name for name, given in others.items() if given is not None and name not in _KNOWN
     }
+    window = sliding_window or None
+    if dropout == 0 and serves_varlen(query, value):
+        return _in_one_call(query, key, value, dpo_layout, scaling, window), None
+    return _by_segment(query, key, value, dpo_layout, scaling, window, dropout), None
 
-    def attend(queries: slice, *keys: slice) -> Tensor:
-        q, k, v = query[:, :, queries], _join(key, keys), _join(value, keys)
+
+def serves_varlen(query: Tensor, value: Tensor) -> bool:
+    """Whether `varlen_attn` has a kernel for these (torch 2.11 to 2.13: flash attention's)."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] == value.shape[-1] <= _VARLEN_WIDTH
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _in_one_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+) -> Float[Tensor, "1 tokens heads width"]:
+    joined = layout.joined
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    q = (
+        q.contiguous()
+    )  # the result is laid out alike: what is kept of it then serves the next layer
+    k, v = (_Repeat.apply(states, joined.keys, joined.firsts, joined.again) for states in (k, v))
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and not _VARLEN_GROUPS:
+        k, v = (states.repeat_interleave(groups, dim=1) for states in (k, v))
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        joined.query_ends,
+        joined.key_ends,
+        joined.most_queries,
+        joined.most_keys,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),  # causal, from the bottom right
+        **({"enable_gqa": groups > 1} if _VARLEN_GROUPS else {}),  # type: ignore[arg-type]
+    )
+    return out[None]  # type: ignore[index]
+
+
+class _Repeat(torch.autograd.Function):
+    """Rows by index, some twice. Of index_select, the gradient would be added in any order."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, keys: Tensor, firsts: Tensor, again: Tensor) -> Tensor:
+        ctx.save_for_backward(keys, firsts, again)
+        return states.index_select(0, keys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        keys, firsts, again = ctx.saved_tensors
+        grad_states = grad.index_select(0, firsts)
+        # Each row once: whatever the order, these sums are the same.
+        grad_states.index_add_(0, keys[again], grad.index_select(0, again))
+        return grad_states, None, None, None
+
+
+def _by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+    dropout: float,
+) -> Float[Tensor, "1 tokens heads width"]:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         num_queries, num_keys = q.shape[2], k.shape[2]
-        window = sliding_window if sliding_window and sliding_window < num_keys else None
-        plain = num_queries == num_keys and window is None
-        mask = None if plain else dpo_layout.mask(num_queries, num_keys, window, q.device)
+        narrow = window if window and window < num_keys else None
+        plain = num_queries == num_keys and narrow is None
+        mask = None if plain else layout.mask(num_queries, num_keys, narrow)
         groups = q.shape[1] // k.shape[1]
         if mask is not None and q.is_cuda:  # no fused CUDA kernel takes a mask and grouped heads
             k, v = (states.repeat_interleave(groups, dim=1) for states in (k, v))
@@ -94,21 +242,21 @@ def two_segment_attention(
             enable_gqa=groups > 1,
         )
 
+    # All parts at once: the backward of a slice is as large as what it was cut from.
+    parts = [states.split(layout.lengths, dim=2) for states in (query, key, value)]
     outputs = []
-    for segment in dpo_layout.segments:
-        shared = slice(segment.start, segment.start + segment.shared)
-        chosen = slice(segment.start, shared.stop + segment.chosen)
-        rejected = slice(chosen.stop, segment.end)
-        outputs.append(attend(chosen, chosen))
+    for number, segment in enumerate(layout.segments):
+        (q, k, v), rejected = ([part[2 * number + i] for part in parts] for i in (0, 1))
+        outputs.append(attend(q, k, v))
         if segment.rejected:
-            outputs.append(attend(rejected, shared, rejected))
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+            q, *own = rejected
+            shared = (states[:, :, : segment.shared] for states in (k, v))
+            outputs.append(attend(q, *map(_join, shared, own)))
+    return torch.cat([out.transpose(1, 2) for out in outputs], dim=1)
 
 
-def _join(states: Tensor, parts: Sequence[slice]) -> Tensor:
-    """The given tokens in a row; one part stays a view."""
-    views = [states[:, :, part] for part in parts]
-    return views[0] if len(views) == 1 else torch.cat(views, dim=2)
+def _join(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat([first, second], dim=2)
 
 
 AttentionInterface.register(NAME, two_segment_attention)

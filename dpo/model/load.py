@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dpo.config import Config, LoraConfig, ModelConfig, UserError, resolve
+from dpo.model.kernels import make_lean
 
 REFERENCE_ADAPTER = "reference"  # the frozen copy of an adapter that the policy starts from
 
@@ -99,6 +100,8 @@ def build_policy(base: PreTrainedModel, config: Config) -> Policy:
             if adapter
             else _new_adapter(base, config)
         )
+    if config.model.lean_layers:
+        policy.notes.append(make_lean(policy.model))
     if config.train.gradient_checkpointing:
         checkpoint_layers(base)
     policy.model.train()

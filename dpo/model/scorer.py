@@ -106,7 +106,11 @@ class Scorer(nn.Module):
         )
 
     def _shared_states(self, stream: Stream) -> Float[Tensor, "scored hidden"]:
-        return self._backbone_states(stream, Layout(stream.segments))[stream.predictors]
+        return self._backbone_states(stream, self._layout(stream))[stream.predictors]
+
+    @staticmethod
+    def _layout(stream: Stream) -> Layout:
+        return Layout(stream.segments, stream.input_ids.device)
 
     def _backbone_states(self, stream: Stream, layout: Layout) -> Float[Tensor, "tokens hidden"]:
         output = self._parts[1](
@@ -135,7 +139,7 @@ class Scorer(nn.Module):
             return "its positions have several axes"
         use_two_segment_attention(backbone)  # type: ignore[arg-type]
         stream = build_stream([_PROBE]).to(self.device)
-        layout = Layout(stream.segments)
+        layout = self._layout(stream)
         try:
             with torch.no_grad():
                 self._backbone_states(stream, layout)

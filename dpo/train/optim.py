@@ -47,4 +47,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         "paged_adamw_8bit": bnb.PagedAdamW8bit,  # type: ignore[attr-defined]
         "adamw_8bit": bnb.AdamW8bit,  # type: ignore[attr-defined]
     }[config.name]
-    return optimizer(groups, lr=config.learning_rate)
+    built = optimizer(groups, lr=config.learning_rate)
+    # Its kernels write past PyTorch, which would not know that copies of the weights are old.
+    built.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trained))
+    return built

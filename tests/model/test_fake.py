@@ -26,8 +26,11 @@ def folder_of(model, folder):
     return str(folder)
 
 
-def configuration(path, *, quantization="none", dtype="float32", adapter="lora", checkpoint=False):
+def configuration(
+    path, *, quantization="none", dtype="float32", adapter="lora", checkpoint=False, lean=True
+):
     config = Config()
+    config.model.lean_layers = lean
     config.model.name_or_path = path
     config.model.quantization, config.model.dtype = quantization, dtype
     config.model.adapter = adapter
@@ -63,8 +66,19 @@ def real_step_bytes(config, pairs):
         {"dtype": "bfloat16", "quantization": "nf4"},
         {"adapter": "none"},
         {"adapter": "none", "checkpoint": True},
+        {"lean": False},
+        {"lean": False, "dtype": "bfloat16"},
     ],
-    ids=["lora", "lora checkpointed", "bfloat16", "nf4", "full", "full checkpointed"],
+    ids=[
+        "lora",
+        "lora checkpointed",
+        "bfloat16",
+        "nf4",
+        "full",
+        "full checkpointed",
+        "peft's layers",
+        "peft's layers bfloat16",
+    ],
 )
 def test_a_step_takes_what_a_real_one_takes(more, tmp_path):
     config = configuration(folder_of(tiny(**SIZES), tmp_path / "model"), **more)
@@ -79,23 +93,26 @@ def test_every_family_is_measured_by_its_own_code(family, tmp_path):
     assert planned == pytest.approx(real_step_bytes(config, PAIRS), rel=0.03)
 
 
-def test_padded_rows_take_what_real_ones_take(tmp_path):
+@pytest.mark.parametrize(("lean", "most"), [(False, 1.1), (True, 1.15)])
+def test_padded_rows_take_what_real_ones_take(lean, most, tmp_path):
     """A little less than planned: a tensor without numbers always gets a mask, and with it copies
-    of grouped keys and values."""
-    config = configuration(folder_of(tiny(**SIZES), tmp_path / "model"))
+    of grouped keys and values. Where layers keep less, the copies are a larger share."""
+    config = configuration(folder_of(tiny(**SIZES), tmp_path / "model"), lean=lean)
     shared = FakePolicy(config).step_bytes(PAIRS)
     config.model.attention = "padded"
     planned = FakePolicy(config).step_bytes(PAIRS)
-    assert 1 <= planned / real_step_bytes(config, PAIRS) < 1.1
+    assert 1 <= planned / real_step_bytes(config, PAIRS) < most
     assert planned > 1.3 * shared  # the check above can fail
 
 
-def test_a_step_without_dropout_is_told_apart(tmp_path):
-    """Negative control: what a plan could forget makes more than 3 %."""
-    config = configuration(folder_of(tiny(**SIZES), tmp_path / "model"))
-    planned = FakePolicy(config).step_bytes(PAIRS)
-    config.lora.dropout = 0.0
-    assert FakePolicy(config).step_bytes(PAIRS) < 0.95 * planned
+def test_what_a_plan_could_forget_is_told_apart(tmp_path):
+    """Negative control: lean layers, and dropout in PEFT's own, make more than the 3 % above."""
+    path = folder_of(tiny(**SIZES), tmp_path / "model")
+    lean, own = (configuration(path, lean=is_lean) for is_lean in (True, False))
+    planned = FakePolicy(own).step_bytes(PAIRS)
+    assert FakePolicy(lean).step_bytes(PAIRS) < 0.8 * planned
+    own.lora.dropout = 0.0
+    assert FakePolicy(own).step_bytes(PAIRS) < 0.95 * planned
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])

@@ -321,9 +321,12 @@ def test_the_final_adapter_scores_in_a_fresh_process_as_it_did_in_this_one(tmp_p
     trained, base = (torch.tensor(json.loads(part)) for part in fresh.split("|"))
 
     settings = config(tmp_path, "--model.name_or_path", folder / "final")
-    scorer = Scorer(load_policy(settings, "cpu").model)
-    expected = scorer(build_stream([([5, 6, 7], [8, 9], [10, 11])]))
-    assert torch.equal(trained, expected.detach())
+    for lean in (False, True):
+        settings.model.lean_layers = lean
+        scorer = Scorer(load_policy(settings, "cpu").model)
+        expected = scorer(build_stream([([5, 6, 7], [8, 9], [10, 11])])).detach()
+        # The same bits by PEFT's own code; lean layers add the update in another order.
+        assert (trained - expected).abs().max() <= (5e-6 if lean else 0)
     assert (trained - base).abs().max() > 1e-3
 
 
