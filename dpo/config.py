@@ -40,6 +40,8 @@ class ModelConfig:
     """Type of the weights and of the computation; auto keeps the checkpoint's."""
     quantization: Literal["none", "nf4", "fp4", "int8"] = "fp4"
     """How bitsandbytes stores the frozen base; fp4 is what load_in_4bit alone means."""
+    dequantize_base: bool | Literal["auto"] = "auto"
+    """Train on a 4-bit base made plain once: the same numbers, faster; auto: if memory allows."""
     adapter: Literal["lora", "none"] = "lora"
     """lora trains an adapter, none trains every weight."""
     attention: Literal["auto", "shared", "padded"] = "auto"
@@ -243,6 +245,12 @@ class Config:
                 "model.quantization",
                 model.quantization,
                 "none, since model.adapter is none and quantised weights cannot train",
+            )
+        if model.dequantize_base is True and model.quantization not in ("nf4", "fp4"):
+            _refuse(
+                "model.dequantize_base",
+                True,
+                f"auto or false, since model.quantization is {model.quantization}, not 4-bit",
             )
         if model.adapter == "none" and reference.mode == "adapter":
             _refuse("reference.mode", "adapter", "auto, frozen or zero, since there is no adapter")

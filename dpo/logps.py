@@ -30,12 +30,14 @@ def token_logps(
     *,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    tile_bytes: int | None = None,
 ) -> Float[Tensor, " scored"]:
     """Log-probability of each target: log softmax(logits)[target], (scored,) nats.
 
     logits = cap(logit_scale x (hidden @ weight.T + bias)), cap(z) = softcap x tanh(z / softcap).
     The result is fp32 (float64 for float64 input) whatever the input's dtype; logits are
-    accumulated in that dtype. Differentiable in `hidden`, `weight` and `bias`.
+    accumulated in that dtype. Differentiable in `hidden`, `weight` and `bias`. `tile_bytes` of
+    logits are alive at once, TILE_BYTES unless told: the same numbers, and slower when it is small.
     """
     trains = (weight.requires_grad or (bias is not None and bias.requires_grad)) and (
         torch.is_grad_enabled()
@@ -43,7 +45,8 @@ def token_logps(
     head = _TrainedHead if trains else _FrozenHead
     if not torch.is_grad_enabled():
         hidden = hidden.detach()  # so that no J is formed
-    return head.apply(hidden, weight, targets, bias, logit_scale, softcap)  # type: ignore[no-any-return]
+    tile_bytes = tile_bytes or TILE_BYTES
+    return head.apply(hidden, weight, targets, bias, logit_scale, softcap, tile_bytes)  # type: ignore[no-any-return]
 
 
 def sequence_logps(
@@ -67,11 +70,12 @@ class _FrozenHead(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
         softcap: float | None,
+        tile_bytes: int,
     ) -> Tensor:
         logps = hidden.new_empty(len(hidden), dtype=_accumulator(hidden))
         jacobian = torch.empty_like(hidden) if hidden.requires_grad else None
-        for rows in _tiles(len(hidden), len(weight)):
-            logits, slope = _logits(hidden[rows], weight, bias, scale, softcap)
+        for rows in _tiles(len(hidden), len(weight), tile_bytes):
+            logits, slope = _logits(hidden[rows], weight, bias, scale, softcap, tile_bytes)
             logps[rows], total = _target_logps_(logits, targets[rows])
             if jacobian is not None:
                 grad = _grad_logits_(logits, total, targets[rows], slope, scale)
@@ -86,7 +90,7 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (jacobian,) = ctx.saved_tensors
-        return grad_logps[:, None].to(jacobian.dtype) * jacobian, None, None, None, None, None
+        return grad_logps[:, None].to(jacobian.dtype) * jacobian, None, None, None, None, None, None
 
 
 class _TrainedHead(torch.autograd.Function):
@@ -101,12 +105,13 @@ class _TrainedHead(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
         softcap: float | None,
+        tile_bytes: int,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets, bias)
-        ctx.scale, ctx.softcap = scale, softcap
+        ctx.scale, ctx.softcap, ctx.tile_bytes = scale, softcap, tile_bytes
         logps = hidden.new_empty(len(hidden), dtype=_accumulator(hidden))
-        for rows in _tiles(len(hidden), len(weight)):
-            logits, _ = _logits(hidden[rows], weight, bias, scale, softcap)
+        for rows in _tiles(len(hidden), len(weight), tile_bytes):
+            logits, _ = _logits(hidden[rows], weight, bias, scale, softcap, tile_bytes)
             logps[rows], _ = _target_logps_(logits, targets[rows])
             del logits
         return logps
@@ -118,8 +123,10 @@ class _TrainedHead(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=_accumulator(weight))
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=_accumulator(bias))
-        for rows in _tiles(len(hidden), len(weight)):
-            logits, slope = _logits(hidden[rows], weight, bias, ctx.scale, ctx.softcap)
+        for rows in _tiles(len(hidden), len(weight), ctx.tile_bytes):
+            logits, slope = _logits(
+                hidden[rows], weight, bias, ctx.scale, ctx.softcap, ctx.tile_bytes
+            )
             _, total = _target_logps_(logits, targets[rows])
             grad = _grad_logits_(logits, total, targets[rows], slope, ctx.scale)
             grad = grad.mul_(grad_logps[rows, None])
@@ -130,23 +137,28 @@ class _TrainedHead(torch.autograd.Function):
             grad_weight += grad.T @ hidden[rows]
             del logits, slope, grad
         grad_bias = None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), None, grad_bias, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, grad_bias, None, None, None
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _tiles(num_rows: int, vocab: int) -> list[slice]:
-    rows = max(1, min(MAX_TILE_ROWS, TILE_BYTES // (4 * vocab)))
+def _tiles(num_rows: int, vocab: int, tile_bytes: int) -> list[slice]:
+    rows = max(1, min(MAX_TILE_ROWS, tile_bytes // (4 * vocab)))
     return [slice(start, start + rows) for start in range(0, num_rows, rows)]
 
 
 def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    tile_bytes: int,
 ) -> tuple[Tensor, Tensor | None]:
     """One tile of logits, and the slope of the soft-cap at each of them (None without one)."""
-    logits = _matmul_accumulated(hidden, weight)
+    logits = _matmul_accumulated(hidden, weight, tile_bytes)
     if bias is not None:
         logits += bias
     if scale != 1.0:
@@ -158,7 +170,7 @@ def _logits(
     return tanh.mul_(softcap), slope
 
 
-def _matmul_accumulated(hidden: Tensor, weight: Tensor) -> Tensor:
+def _matmul_accumulated(hidden: Tensor, weight: Tensor, tile_bytes: int) -> Tensor:
     """Hidden @ weight.T with fp32 results: bf16 ones would cost 1.7e-2 nats a token."""
     dtype = _accumulator(hidden)
     if hidden.dtype == dtype:
@@ -168,7 +180,7 @@ def _matmul_accumulated(hidden: Tensor, weight: Tensor) -> Tensor:
     # No mixed-precision product on a CPU: upcast the head piece by piece, a tile's worth at a time.
     logits = hidden.new_empty(len(hidden), len(weight), dtype=dtype)
     upcast = hidden.to(dtype)
-    for columns in _tiles(len(weight), weight.shape[1]):
+    for columns in _tiles(len(weight), weight.shape[1], tile_bytes):
         logits[:, columns] = upcast @ weight[columns].to(dtype).T
     return logits
 

@@ -177,9 +177,8 @@ def test_any_tile_size_gives_the_same(monkeypatch, rows, dtype, trained, options
 def test_tiles_are_cut_by_bytes_and_by_rows(monkeypatch):
     """4 bytes x 13 tokens a row: 110 bytes hold 2 rows; 10 bytes hold none, and one is taken."""
     for tile_bytes, max_rows, wanted in ((110, 2048, 2), (10, 2048, 1), (10**9, 4, 4)):
-        monkeypatch.setattr(dpo.logps, "TILE_BYTES", tile_bytes)
         monkeypatch.setattr(dpo.logps, "MAX_TILE_ROWS", max_rows)
-        tiles = dpo.logps._tiles(9, 13)
+        tiles = dpo.logps._tiles(9, 13, tile_bytes)
         assert tiles[0] == slice(0, wanted)
         assert [row for tile in tiles for row in range(9)[tile]] == list(range(9))
 

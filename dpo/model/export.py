@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from dpo.config import Config, ModelConfig, UserError, resolve
 from dpo.data.files import read_digests
-from dpo.model.load import adapter_settings, load_base
+from dpo.model.load import adapter_settings, dequantize, load_base
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
 RECORD = "merge.json"  # in a merged folder: what it is, and the sums of what was verified
@@ -53,12 +52,7 @@ def load_merge_base(
     if which == "16bit":
         model = replace(model, quantization="none", dtype=str(dtype).removeprefix("torch."))
     base = load_base(model, device, base_path(model))
-    if which == "dequantized":
-        verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()  # it warns of the loss that is measured here
-        base.dequantize()
-        transformers_logging.set_verbosity(verbosity)
-    return base
+    return dequantize(base) if which == "dequantized" else base
 
 
 def merge_adapter(base: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTrainedModel:

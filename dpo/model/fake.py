@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from dpo.config import Config, UserError
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.model.load import Policy, build_policy, checkpoint_layers, load_shape
-from dpo.model.memory import PeakBytes
+from dpo.model.memory import PeakBytes, Saving
 from dpo.model.reference import adapter_off
 from dpo.model.scorer import Scorer
 
@@ -41,6 +41,8 @@ class FakePolicy:
         with self.mode:
             _to_fake(self.policy.model)
             self.scorer = Scorer(self.policy.model, config.model.attention, has_numbers=False)
+            with torch.no_grad():
+                self._score_both(build_stream([([0], [0], [0])]))  # what is made once, is there now
 
     @property
     def base(self) -> nn.Module:
@@ -53,9 +55,10 @@ class FakePolicy:
         """The parameters that train."""
         return [p for p in self.policy.model.parameters() if p.requires_grad]
 
-    def base_bytes(self) -> int:
-        """Of the base's weights, as they are stored."""
-        quantised = {id(layer.weight): layer for layer in self._quantised_layers()}
+    def base_bytes(self, *, dequantized: bool = False) -> int:
+        """Of the base's weights, as they are stored; or of a 4-bit one in plain layers."""
+        layers = () if dequantized else self._quantised_layers()
+        quantised = {id(layer.weight): layer for layer in layers}
         return sum(
             _stored_bytes(quantised[id(p)], self._quantization) if id(p) in quantised else _bytes(p)
             for name, p in self.base.named_parameters()
@@ -66,6 +69,11 @@ class FakePolicy:
         """Of LoRA's weights; of both adapters, where a frozen one is the reference."""
         return sum(_bytes(p) for name, p in self.base.named_parameters() if "lora_" in name)
 
+    def cast_bytes(self) -> int:
+        """Of LoRA's weights in the model's type, where lean layers keep copies in it."""
+        kept = (getattr(p, "_cast_once", None) for p in self.base.parameters())
+        return sum(_bytes(state_and_copy[1]) for state_and_copy in kept if state_and_copy)
+
     def dequantised_bytes(self) -> int:
         """Of the largest weight as its product needs it; one is alive at a time."""
         return max((_bytes(layer.weight) for layer in self._quantised_layers()), default=0)
@@ -74,9 +82,11 @@ class FakePolicy:
         """How many numbers the base has."""
         return sum(p.numel() for name, p in self.base.named_parameters() if "lora_" not in name)
 
-    def checkpoint(self, every_n: int) -> None:
-        """Turns gradient checkpointing on in every n-th layer."""
-        checkpoint_layers(self.base, every_n)  # type: ignore[arg-type]
+    def save_memory(self, saving: Saving) -> None:
+        """Puts into effect what is to be given up for memory."""
+        if saving.checkpoint_every:
+            checkpoint_layers(self.base, saving.checkpoint_every)  # type: ignore[arg-type]
+        self.scorer.tile_bytes = saving.tile_bytes
 
     def step_bytes(self, pairs: Sequence[TokenizedPair]) -> int:
         """What one micro-batch takes at its peak, beyond weights and gradients.
@@ -88,18 +98,19 @@ class FakePolicy:
                 parameter.grad = torch.zeros_like(parameter)
             stream = build_stream(pairs)
             with PeakBytes() as count:
-                logps = self.scorer(stream)
-                self._score_reference(stream)
-                logps.sum().backward()
+                self._score_both(stream).sum().backward()
         return count.peak
 
-    def _score_reference(self, stream: Any) -> None:
+    def _score_both(self, stream: Any) -> torch.Tensor:
+        """Under the policy; then, for what it takes, under the reference."""
+        logps = self.scorer(stream)
         with torch.no_grad():
             if hasattr(self.policy.model, "peft_config"):
                 with adapter_off(self.policy):
                     self.scorer(stream)
             else:  # a frozen copy does the same
                 self.scorer(stream)
+        return logps
 
     def _quantised_layers(self) -> Iterator[nn.Linear]:
         """The linear layers that bitsandbytes takes: all but the head and the adapters."""

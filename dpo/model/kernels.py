@@ -126,7 +126,7 @@ class _Linear(torch.autograd.Function):
                 ctx.random = _random_state(h.device)  # before it is drawn from
                 rows = F.dropout(rows, call.dropout)
             low = rows @ a.T
-            out.view(-1, out.shape[-1]).addmm_(low, b.T, alpha=call.scale)  # type: ignore[arg-type]
+            out.view(-1, out.shape[-1]).addmm_(low, b.T, alpha=call.scale)
         ctx.call = call
         ctx.save_for_backward(x, gate, weight, a, b, low)
         return out

@@ -64,8 +64,13 @@ def load_shape(model: ModelConfig) -> PreTrainedConfig:
     return _from_hub_or_disk(AutoConfig, path, model)
 
 
-def load_policy(config: Config, device: torch.device | str) -> Policy:
+def load_policy(config: Config, device: torch.device | str, *, dequantized: bool = False) -> Policy:
     """Loads the base in the configured type, quantises it, and adds or loads the adapter.
+
+    Args:
+        config: of the run.
+        device: where to.
+        dequantized: keep a 4-bit base in plain layers, its weights as 4 bits left them.
 
     Raises:
         UserError: not found, weights missing, an adapter that PEFT cannot place, or one whose
@@ -79,7 +84,7 @@ def load_policy(config: Config, device: torch.device | str) -> Policy:
             "merge it first and name the merged model."
         )
     base = load_base(config.model, device, adapter["base_model_name_or_path"] if adapter else path)
-    return build_policy(base, config)
+    return build_policy(dequantize(base) if dequantized else base, config)
 
 
 def build_policy(base: PreTrainedModel, config: Config) -> Policy:
@@ -154,6 +159,15 @@ def load_base(model: ModelConfig, device: torch.device | str, path: str) -> PreT
         )
     keep_4bit_trainable(base)
     return base.train()
+
+
+def dequantize(base: PreTrainedModel) -> PreTrainedModel:
+    """Plain layers in place of quantised ones, with the weights that these compute with."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it warns of the loss, which has happened before
+    base.dequantize()
+    transformers_logging.set_verbosity(verbosity)
+    return base
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:

@@ -46,12 +46,12 @@ class Frozen:
 
     def __init__(self, model: nn.Module, layout: Literal["shared", "padded"]):
         self.model = model.requires_grad_(False)
-        self._scorer = Scorer(self.model, attention=layout)
+        self.scorer = Scorer(self.model, attention=layout)
 
     def __call__(self, stream: Stream) -> Float[Tensor, " scored"]:
         """Token log-probs, (scored,) nats."""
         with torch.no_grad():
-            return self._scorer(stream)
+            return self.scorer(stream)
 
 
 class Zero:

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dpo.config import UserError
 from dpo.data.stream import Stream, build_stream, to_device
-from dpo.logps import token_logps
+from dpo.logps import TILE_BYTES, token_logps
 from dpo.model.attention import KEYWORD, Layout, use_two_segment_attention
 from dpo.model.load import keep_4bit_trainable
 
@@ -37,6 +37,7 @@ class Scorer(nn.Module):
 
     Attributes:
         layout: `shared` or `padded`; `layout_reason` says why.
+        tile_bytes: of the head's logits that are alive at once.
 
     Raises:
         UserError: `shared` was asked for and cannot be; or the model's head is not one that
@@ -52,6 +53,7 @@ class Scorer(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self.tile_bytes = TILE_BYTES
         keep_4bit_trainable(model)
         causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
         assert isinstance(causal_lm, PreTrainedModel)
@@ -103,6 +105,7 @@ class Scorer(nn.Module):
             head.bias,
             logit_scale=self._logit_scale,
             softcap=self._softcap,
+            tile_bytes=self.tile_bytes,
         )
 
     def _shared_states(self, stream: Stream) -> Float[Tensor, "scored hidden"]:

@@ -24,10 +24,13 @@ from dpo.data.stream import TokenizedPair, build_stream
 from dpo.model.costs import GPUS, Gpu, Work, find_gpu, nearest_gpus, work
 from dpo.model.fake import FakePolicy
 from dpo.model.load import load_tokenizer
-from dpo.model.memory import CHECKPOINT_EVERY, fitting_tokens
+from dpo.model.memory import SAVINGS, Saving, fitting_tokens
 
 SAMPLE_ROWS = 256
 PROBE_PAIRS = 4
+ENOUGH_TOKENS = (
+    8192  # a micro-batch for which forming 4-bit weights anew is a small part of the work
+)
 PAIR_BYTES = 32  # of a pair on disk, beside its numbers: digests, offsets
 
 
@@ -61,12 +64,12 @@ class Budget:
 
     Attributes:
         bytes_per_token: activations, measured on fake tensors.
-        checkpoint_every: which layers are checkpointed; 0: none.
+        saving: what is given up for memory.
     """
 
     tokens: int
     bytes_per_token: float
-    checkpoint_every: int
+    saving: Saving
 
 
 def choose_gpu(name: str | None, memory_gib: float | None, tflops: float | None) -> Gpu:
@@ -151,19 +154,52 @@ def first_rows(config: Config) -> Sample:
     return Sample(pairs, math.ceil(num_rows * kept), f"the first {audit.rows_read} rows")
 
 
-def memory_parts(fake: FakePolicy, config: Config) -> dict[str, int]:
+def choose_base(
+    config: Config,
+    memory: int | float,
+    pairs: Sequence[TokenizedPair],
+    fake: FakePolicy | None = None,
+) -> tuple[bool, str]:
+    """Whether a 4-bit base is trained on in plain layers, and why, in words ("": it is not 4-bit).
+
+    Args:
+        config: of the run.
+        memory: bytes that the device has for it.
+        pairs: some, whose tokens stand for all.
+        fake: the policy, if there is one already.
+    """
+    if config.model.quantization not in ("nf4", "fp4"):
+        return False, ""
+    if config.model.dequantize_base != "auto":
+        how = "dequantised once" if config.model.dequantize_base else "kept in 4 bits"
+        return config.model.dequantize_base, f"base: {how}, as configured"
+    fake = fake or FakePolicy(config)
+    parts = memory_parts(fake, config, dequantized=True)
+    left = memory - sum(parts.values())
+    fit = fitting_tokens(left, bytes_per_token(fake, pairs))
+    is_enough = fit >= ENOUGH_TOKENS
+    return is_enough, (
+        f"base: {'dequantised once' if is_enough else 'kept in 4 bits'}: dequantised it takes "
+        f"{fake.base_bytes(dequantized=True) / 2**30:.3g} GiB, and micro-batches of {fit} tokens "
+        f"fit beside it, wanted {ENOUGH_TOKENS}"
+    )
+
+
+def memory_parts(fake: FakePolicy, config: Config, *, dequantized: bool = False) -> dict[str, int]:
     """Bytes by part, but for activations: what is there in every step."""
     trained = fake.trained
-    base = fake.base_bytes()
+    base = fake.base_bytes(dequantized=dequantized)
     dtype = str(next(fake.base.parameters()).dtype).removeprefix("torch.")
-    stored = dtype if config.model.quantization == "none" else config.model.quantization
+    is_plain = config.model.quantization == "none" or dequantized
+    stored = dtype if is_plain else config.model.quantization
     parts = {
         f"base weights, {stored}": base,
         "adapter": fake.adapter_bytes(),
+        f"adapter in {dtype}": fake.cast_bytes(),
         "gradients": sum(p.numel() * p.element_size() for p in trained),
         f"optimizer state, {config.optim.name}": optimizer_bytes(trained, config.optim.name),
         "frozen reference": base if has_frozen_copy(config) else 0,
-        "largest weight, dequantised": fake.dequantised_bytes(),
+        "largest weight, dequantised": 0 if dequantized else fake.dequantised_bytes(),
     }
     return {part: size for part, size in parts.items() if size}
 
@@ -189,23 +225,23 @@ def choose_budget(fake: FakePolicy, config: Config, left: float, sample: Sample)
     A number in the configuration is kept; then nothing but `train.gradient_checkpointing` counts.
     """
     configured, is_on = config.train.tokens_per_microbatch, config.train.gradient_checkpointing
-    found = Budget(0, 0.0, 0)
-    for every in (1,) if is_on else CHECKPOINT_EVERY:
-        if every:
-            fake.checkpoint(every)
-        per_token = bytes_per_token(fake, sample)
+    longest = max(sample.tokens)
+    found = Budget(0, 0.0, SAVINGS[0])
+    for saving in (s for s in SAVINGS if s.checkpoint_every == 1 or not is_on):
+        fake.save_memory(saving)
+        per_token = bytes_per_token(fake, sample.pairs)
         if configured != "auto":
-            return Budget(configured, per_token, every)
-        fits = fitting_tokens(left, per_token)
-        found = Budget(fits, per_token, every)
-        if fits >= max(sample.tokens):
+            return Budget(configured, per_token, saving)
+        fits = fitting_tokens(left, per_token, longest=longest)
+        found = Budget(fits, per_token, saving)
+        if fits >= longest:
             break
     return found
 
 
-def bytes_per_token(fake: FakePolicy, sample: Sample) -> float:
+def bytes_per_token(fake: FakePolicy, pairs: Sequence[TokenizedPair]) -> float:
     """Of a micro-batch of the first pairs: more of them would take longer and say the same."""
-    pairs = list(islice(cycle(sample.pairs), PROBE_PAIRS))
+    pairs = list(islice(cycle(pairs), PROBE_PAIRS))
     return fake.step_bytes(pairs) / sum(pair.num_stream_tokens for pair in pairs)
 
 

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dpo.config import Config
 from dpo.model.costs import Costs, Gpu, Work, costs
 from dpo.model.fake import FakePolicy
-from dpo.model.memory import MOST_TOKENS, SHARE
+from dpo.model.memory import MOST_TOKENS, SAVINGS, SHARE
 from dpo.show.evaluation_tables import Row, Table
 from dpo.show.plan import (
     Budget,
     Sample,
     bytes_per_token,
+    choose_base,
     choose_budget,
     disk_parts,
     mean_work,
@@ -31,12 +32,14 @@ def plan_tables(config: Config, gpu: Gpu, sample: Sample, *, mfu: float) -> Iter
     steps = total_steps(config, sample)
     fake = FakePolicy(config)
     yield _lengths_table(sample)
-    parts = memory_parts(fake, config)
-    left = (gpu.memory_gib - ALLOWANCE_GIB) * 2**30 - sum(parts.values())
+    memory = (gpu.memory_gib - ALLOWANCE_GIB) * 2**30
+    dequantized, reason = choose_base(config, memory, sample.pairs, fake)
+    parts = memory_parts(fake, config, dequantized=dequantized)
+    left = memory - sum(parts.values())
     budget = choose_budget(fake, config, left, sample)
     model_costs, pair = costs(fake.policy.model), mean_work(fake, sample, budget)
     at_once = min(budget.tokens, math.ceil(pairs_per_step(config) * sample.mean(sample.tokens)))
-    verdict = list(_verdict(config, fake, sample, left, budget))
+    verdict = [*([reason] if reason else []), *_verdict(config, fake, sample, left, budget)]
     yield _memory_table(gpu, parts, at_once, at_once * budget.bytes_per_token, verdict)
     yield _costs_table(config, gpu, model_costs, pair, steps, mfu)
     yield _disk_table(disk_parts(config, fake, sample, steps))
@@ -80,12 +83,14 @@ def _verdict(
     if left <= 0:
         yield f"DOES NOT FIT: {_gib(-left)} GiB are missing before the first token."
         return
-    every = budget.checkpoint_every
-    layers = {0: "no layer", 1: "every layer"}.get(every, f"every {every}. layer")
     per_token = f"{budget.bytes_per_token / 2**20:.3g} MiB"
-    yield f"A token takes {per_token} with {layers} checkpointed; {_gib(left)} GiB are left."
+    yield f"A token takes {per_token} with {budget.saving}; {_gib(left)} GiB are left."
     is_auto = config.train.tokens_per_microbatch == "auto"
-    how = f"auto: {SHARE} of what is left, at most {MOST_TOKENS}" if is_auto else "as configured"
+    how = (
+        f"auto: {SHARE} of what is left, at most {MOST_TOKENS['cuda']}"
+        if is_auto
+        else "as configured"
+    )
     yield f"Token budget of a micro-batch: {budget.tokens} ({how})."
     fit = int(left / budget.bytes_per_token)
     if budget.tokens > fit:
@@ -96,10 +101,10 @@ def _verdict(
     }
     for name, tokens in longest.items():
         yield f"{name} has {tokens} tokens and {'fits' if tokens <= fit else 'DOES NOT FIT'}."
-    if max(longest.values()) > fit and every != 1:
-        fake.checkpoint(1)
-        most = int(left / bytes_per_token(fake, sample))
-        yield f"With train.gradient_checkpointing a pair of up to {most} tokens fits."
+    if max(longest.values()) > fit and budget.saving != SAVINGS[-1]:
+        fake.save_memory(SAVINGS[-1])
+        most = int(left / bytes_per_token(fake, sample.pairs))
+        yield f"With {SAVINGS[-1]} a pair of up to {most} tokens fits."
 
 
 def _costs_table(

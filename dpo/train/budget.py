@@ -5,63 +5,113 @@ is free is divided by them. Activations grow with the tokens and hardly anything
 measurement is enough, and what it misses the 0.9 and `Run`'s halving on out-of-memory are for.
 
 Gradient checkpointing costs a third more work and is only turned on when not even the longest pair
-fits without: then on as few layers as will do.
+fits without: then on as few layers as will do, and last the head's tile is made smaller.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import nn
 
 from dpo.config import UserError
 from dpo.data.stream import TokenizedPair, build_stream
-from dpo.model.load import checkpoint_layers
-from dpo.model.memory import CHECKPOINT_EVERY, fitting_tokens, free_bytes, peak_bytes
+from dpo.model.load import Policy, checkpoint_layers, load_policy
+from dpo.model.memory import SAVINGS, Saving, fitting_tokens, free_bytes, peak_bytes
+from dpo.model.reference import Frozen
 from dpo.show.evaluate import pair_logps
+from dpo.show.plan import choose_base
 
 PROBE_TOKENS = 2048  # enough for the bytes that do not depend on the tokens to count for little
 
 
-def token_budget(run: Any, state: dict[str, Any]) -> tuple[int, str]:
-    """What `train.tokens_per_microbatch` means for a `trainer.Run`, and why, in words.
+class Budget(NamedTuple):
+    """How a step is cut, and at what price.
+
+    Attributes:
+        tokens: of a micro-batch at most, the same on every rank.
+        saving: what was given up for memory.
+        reason: what was found, in words.
+    """
+
+    tokens: int
+    saving: Saving
+    reason: str
+
+
+def token_budget(run: Any, state: dict[str, Any]) -> Budget:
+    """What `train.tokens_per_microbatch` means for a `trainer.Run`.
 
     Args:
         run: with its model loaded and nothing trained yet, or resumed.
         state: of the checkpoint that it goes on from: the same micro-batches again. Else {}.
     """
-    given = run.config.train.tokens_per_microbatch
+    given, device = run.config.train.tokens_per_microbatch, run.accelerator.device
+    as_configured = Saving(int(run.config.train.gradient_checkpointing))
     if given != "auto":
-        return given, f"{given} tokens a micro-batch, as configured"
+        return Budget(given, as_configured, f"{given} tokens a micro-batch, as configured")
     if state:
+        saving = Saving(*state.get("saving", as_configured))
+        save_memory(run, saving)
         tokens = state["tokens_per_microbatch"]
-        return tokens, f"{tokens} tokens a micro-batch, as before"
-    accelerator = run.accelerator
-    pairs = probe_pairs([run.data.train[i] for i in run.indices(1)])
-    stream = build_stream(pairs).to(accelerator.device)
+        return Budget(tokens, saving, f"{tokens} tokens a micro-batch, {saving}, as before")
+    stream = build_stream(probe_pairs(run)).to(device)
 
     def score_and_differentiate() -> None:
-        with accelerator.no_sync(run.scorer):
+        with run.accelerator.no_sync(run.scorer):
             logps = pair_logps(stream, run.scorer(stream), run.live_reference(stream))
-            accelerator.backward(logps.logratio_gap.sum())
-
-    def smallest_over_ranks(number: int) -> int:
-        return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).min())
+            run.accelerator.backward(logps.logratio_gap.sum())
 
     return auto_budget(
         run.policy.model,
         score_and_differentiate,
         num_tokens=len(stream.input_ids),
         longest=run.data.train.longest,
-        device=accelerator.device,
-        smallest_over_ranks=smallest_over_ranks,
+        device=device,
+        savings=[s for s in SAVINGS if s.checkpoint_every == 1] if as_configured[0] else SAVINGS,
+        save=lambda saving: save_memory(run, saving),
+        smallest_over_ranks=lambda number: smallest_over_ranks(run.accelerator, number),
     )
 
 
-def probe_pairs(pairs: list[TokenizedPair]) -> list[TokenizedPair]:
-    """The first of them, up to PROBE_TOKENS."""
-    chosen, tokens = [], 0
-    for pair in pairs:
+def load_policy_to_fit(run: Any) -> Policy:
+    """Loads the policy of a `trainer.Run`, a 4-bit base in plain layers if every rank has room."""
+    config, device = run.config, run.accelerator.device
+    wanted, reason = choose_base(config, free_bytes(device), probe_pairs(run))
+    dequantized = bool(smallest_over_ranks(run.accelerator, int(wanted)))
+    if wanted and not dequantized:
+        reason = "base: kept in 4 bits: another rank has no room for it dequantised"
+    set_seed(config.train.seed)
+    policy = load_policy(config, device, dequantized=dequantized)
+    policy.notes += [reason] if reason else []
+    return policy
+
+
+def save_memory(run: Any, saving: Saving) -> None:
+    """Puts into effect what is to be given up for memory; `run` is a `trainer.Run`."""
+    model = run.policy.model
+    if saving.checkpoint_every:
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        checkpoint_layers(base, saving.checkpoint_every)
+    run.accelerator.unwrap_model(run.scorer).tile_bytes = saving.tile_bytes
+    if isinstance(run.live_reference, Frozen):
+        run.live_reference.scorer.tile_bytes = saving.tile_bytes
+
+
+def smallest_over_ranks(accelerator: Accelerator, number: int) -> int:
+    """The smallest of the numbers that all ranks give."""
+    numbers: Any = accelerator.gather(torch.tensor([number], device=accelerator.device))
+    return int(numbers.min())
+
+
+def probe_pairs(run: Any) -> list[TokenizedPair]:
+    """The first pairs of a `trainer.Run`, up to PROBE_TOKENS."""
+    chosen: list[TokenizedPair] = []
+    tokens = 0
+    for index in run.indices(1):
+        pair = run.data.train[index]
         if chosen and tokens + pair.num_stream_tokens > PROBE_TOKENS:
             break
         chosen.append(pair)
@@ -76,16 +126,20 @@ def auto_budget(
     num_tokens: int,
     longest: int,
     device: torch.device,
+    savings: Sequence[Saving],
+    save: Callable[[Saving], object],
     smallest_over_ranks: Callable[[int], int],
-) -> tuple[int, str]:
-    """Tokens per micro-batch, the same on every rank, and what was found, in words.
+) -> Budget:
+    """As many tokens as fit, giving up as little as the longest pair allows.
 
     Args:
-        model: of `work`; gradient checkpointing may be turned on in it.
+        model: of `work`.
         work: scores and differentiates `num_tokens` tokens on `device`.
         num_tokens: of `work`.
         longest: tokens of the longest pair, which must fit.
         device: of the model.
+        savings: what may be given up, tried in turn.
+        save: puts one of them into effect.
         smallest_over_ranks: the smallest of the numbers that all ranks give.
 
     Raises:
@@ -95,28 +149,25 @@ def auto_budget(
     for parameter in trained:  # there in every micro-batch, and not of its tokens
         parameter.grad = torch.zeros_like(parameter)
     moments = sum(8 * p.numel() for p in trained)  # AdamW's two, which are not there yet
-    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-    is_on = base.is_activation_checkpointing
-    for every_n in (1,) if is_on else CHECKPOINT_EVERY:
-        if every_n and not is_on:
-            checkpoint_layers(base, every_n)
+    tokens = 0
+    for saving in savings:
+        save(saving)
         try:
             per_token = peak_bytes(device, work) / num_tokens
             free = free_bytes(device) - moments
-            fits = fitting_tokens(free, per_token)
+            fits = fitting_tokens(free, per_token, longest=longest, device_type=device.type)
         except torch.OutOfMemoryError:
             per_token, free, fits = float("nan"), 0, 0
-        budget = smallest_over_ranks(fits)
-        if budget >= longest:
+        tokens = smallest_over_ranks(fits)
+        if tokens >= longest:
             model.zero_grad()
-            how = f"; every {every_n}. layer is checkpointed" if every_n > 1 else ""
-            how = "; every layer is checkpointed" if every_n == 1 else how
-            return budget, (
-                f"{budget} tokens a micro-batch: a token takes {per_token / 1024:.4g} KiB, "
-                f"{free / 2**30:.3g} GiB are free{how}"
+            reason = (
+                f"{tokens} tokens a micro-batch, {saving}: a token takes {per_token / 1024:.4g} "
+                f"KiB, {free / 2**30:.3g} GiB are free"
             )
+            return Budget(tokens, saving, reason)
     raise UserError(
         f"train.tokens_per_microbatch: got auto, but the longest pair has {longest} tokens and "
-        f"{budget} fit, with gradient checkpointing. Lower data.max_length, or take "
+        f"{tokens} fit, with gradient checkpointing. Lower data.max_length, or take "
         "model.quantization nf4, a smaller model or a device with more memory."
     )

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from accelerate.utils import set_seed
 from torch import Tensor
 
 from dpo.config import BEST_METRICS, Config, TrainConfig, UserError, save
@@ -28,7 +27,7 @@ from dpo.losses import LOSSES, PairLogps
 from dpo.metrics import RunningMeans, pair_metrics
 from dpo.model.costs import costs, peak_tflops, work
 from dpo.model.fingerprint import reference_digest, weights_digest
-from dpo.model.load import load_policy, load_tokenizer
+from dpo.model.load import load_tokenizer
 from dpo.model.reference import Cached, Reference, build_reference, choose_mode, open_cache
 from dpo.model.scorer import Scorer
 from dpo.show.diagnostics import Watch
@@ -36,7 +35,7 @@ from dpo.show.evaluate import Evaluator, pair_logps
 from dpo.show.report.page import write_report
 from dpo.show.token_rewards import rewards_to_show
 from dpo.train import checkpoint as checkpoints
-from dpo.train.budget import token_budget
+from dpo.train.budget import load_policy_to_fit, token_budget
 from dpo.train.header import header
 from dpo.train.launch import build_accelerator, on_main
 from dpo.train.optim import build_optimizer, learning_rate
@@ -100,8 +99,7 @@ class Run:
             config.train, len(self.data.train), accelerator.num_processes
         )
 
-        set_seed(config.train.seed)
-        self.policy = load_policy(config, accelerator.device)
+        self.policy = load_policy_to_fit(self)
         scorer = Scorer(self.policy.model, config.model.attention)
         self.layout: Literal["shared", "padded"] = scorer.layout
         self.layout_reason = scorer.layout_reason
@@ -135,7 +133,7 @@ class Run:
         state = checkpoints.resume(self, resume_from) if resume_from else {}
         self.start_step: int = state.get("step", 0)
         self.best: float | None = state.get("best")
-        self.budget, self.budget_reason = token_budget(self, state)
+        self.budget, self.saving, self.budget_reason = token_budget(self, state)
         # Only now, when nothing can be wrong with the configuration any more, is anything written.
         has_reference = self.reference_mode != "zero"
         watch = Watch(config.loss.beta if has_reference else None)
@@ -274,6 +272,7 @@ class Run:
         state = {
             "pairs_per_step": self.pairs_per_step,
             "tokens_per_microbatch": self.budget,
+            "saving": self.saving,
             "data": self.data.train.digest,
             "weights": self.weights_digest,
             "sums": self.means.state(self._sum_over_ranks),

@@ -14,7 +14,7 @@ from dpo.data.stream import TokenizedPair, build_stream
 from dpo.model.costs import GPUS, Gpu, Work, costs
 from dpo.model.fake import FakePolicy
 from dpo.model.load import load_policy
-from dpo.model.memory import MOST_TOKENS
+from dpo.model.memory import MOST_TOKENS, SAVINGS, Saving
 from dpo.model.reference import build_reference
 from dpo.model.scorer import Scorer
 from dpo.show import plan
@@ -213,9 +213,9 @@ def test_full_fine_tuning_has_a_frozen_copy_and_no_adapter(folder):
 def test_the_budget_is_nine_tenths_of_what_is_left(folder):
     config = configuration(folder, "--train.tokens_per_microbatch", "auto")
     fake, sample = FakePolicy(config), given_lengths(LENGTHS)
-    per_token = bytes_per_token(fake, sample)
+    per_token = bytes_per_token(fake, sample.pairs)
     assert choose_budget(fake, config, 2000.5 * per_token, sample).tokens == 1800
-    assert choose_budget(fake, config, 1e15, sample).tokens == MOST_TOKENS
+    assert choose_budget(fake, config, 1e15, sample).tokens == MOST_TOKENS["cuda"]
     configured = configuration(folder, "--train.tokens_per_microbatch", 777)
     assert choose_budget(fake, configured, 2000 * per_token, sample).tokens == 777
 
@@ -224,10 +224,10 @@ def test_layers_are_checkpointed_where_the_longest_pair_does_not_fit_else(folder
     """Of two. Room for 1260 tokens, wanted 1298: the first is enough; for 540: it is not."""
     config = configuration(folder, "--train.tokens_per_microbatch", "auto")
     sample = given_lengths(LENGTHS)
-    per_token = bytes_per_token(FakePolicy(config), sample)
+    per_token = bytes_per_token(FakePolicy(config), sample.pairs)
     some = choose_budget(FakePolicy(config), config, 1400 * per_token, sample)
     every = choose_budget(FakePolicy(config), config, 600 * per_token, sample)
-    assert (some.checkpoint_every, every.checkpoint_every) == (4, 1)
+    assert [found.saving.checkpoint_every for found in (some, every)] == [4, 1]
     assert every.bytes_per_token < some.bytes_per_token < per_token
     config.train.gradient_checkpointing = True  # as configured: the only one that is tried
     assert choose_budget(FakePolicy(config), config, -1.0, sample).tokens == 0
@@ -238,7 +238,7 @@ def test_what_does_not_fit_is_said_with_what_would(folder):
     text = said(config, Gpu(2.03, 71.0))
     assert "DOES NOT FIT" in text
     assert "Set train.tokens_per_microbatch to auto" in text
-    assert "With train.gradient_checkpointing a pair of up to" in text
+    assert f"With {SAVINGS[-1]} a pair of up to" in text
     weights = said(config, Gpu(2.0, 71.0))
     assert "are missing before the first token" in weights
     assert "DOES NOT FIT" not in said(configuration(folder), GPUS["H200"])
@@ -319,4 +319,4 @@ def test_padded_rows_are_planned_with_their_padding(folder):
     config = configuration(folder, "--model.attention", "padded")
     pairs = [TokenizedPair([0] * prompt, [1] * 3, [2] * 3) for prompt in (12, 3)]
     sample, fake = Sample(pairs, None, ""), FakePolicy(config)
-    assert mean_work(fake, sample, plan.Budget(1000, 1.0, 0)) == Work(28, 196, 6)
+    assert mean_work(fake, sample, plan.Budget(1000, 1.0, Saving())) == Work(28, 196, 6)

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dpo.config import UserError
 from dpo.data.stream import TokenizedPair
-from dpo.model.memory import MOST_TOKENS, peak_bytes
+from dpo.model.load import checkpoint_layers
+from dpo.model.memory import MOST_TOKENS, SAVINGS, peak_bytes
 from dpo.train.budget import auto_budget, probe_pairs
 from dpo.train.trainer import Run
 from tests.models import tiny, with_lora
@@ -46,7 +48,7 @@ def test_what_is_free_decides_and_the_gradient_stays_the_same(tmp_path, monkeypa
     assert max(sizes) <= one.budget < sum(sizes)
     equal_gradients(step_gradients(config(tmp_path, *AUTO)), whole)
     assert (
-        f"memory: {one.budget} tokens a micro-batch: a token takes"
+        f"memory: {one.budget} tokens a micro-batch, no layer checkpointed: a token takes"
         in (tmp_path / "one" / "header.txt").read_text()
     )
 
@@ -66,7 +68,7 @@ def test_a_full_micro_batch_takes_about_nine_tenths_of_what_was_free(tmp_path, m
 
 def test_with_memory_for_everything_it_stays_below_the_most(tmp_path, monkeypatch):
     with_free(monkeypatch, 1e15)
-    assert started(config(tmp_path, *AUTO)).budget == MOST_TOKENS
+    assert started(config(tmp_path, *AUTO)).budget == MOST_TOKENS["cpu"]
 
 
 def test_a_resumed_run_cuts_its_steps_as_before_whatever_is_free_then(tmp_path, monkeypatch):
@@ -81,9 +83,82 @@ def test_a_resumed_run_cuts_its_steps_as_before_whatever_is_free_then(tmp_path, 
     assert training(run(config(tmp_path, *flags))) == expected
     state = json.loads((straight / "checkpoint-2" / "state.json").read_text())
     assert (
-        f"memory: {state['tokens_per_microbatch']} tokens a micro-batch, as before"
-        in (straight / "header.txt").read_text()
+        f"memory: {state['tokens_per_microbatch']} tokens a micro-batch, no layer checkpointed, as "
+        "before" in (straight / "header.txt").read_text()
     )
+
+
+def test_a_resumed_run_saves_memory_as_before(tmp_path, monkeypatch):
+    """Every layer was checkpointed, and the head's tile small: a whole pair did not fit else."""
+    flags = [*AUTO, "--train.save_steps", 2, "--train.max_steps", 4, "--lora.dropout", 0.3]
+    least = SAVINGS[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr("dpo.train.budget.SAVINGS", [least])
+        straight = run(config(tmp_path, *flags))
+    expected = training(straight)
+    (straight / "summary.json").unlink()
+    shutil.rmtree(straight / "checkpoint-4")
+    resumed = started(config(tmp_path, *flags))
+    assert resumed.start_step == 2
+    assert resumed.saving == least
+    assert num_checkpointed(resumed.policy.model) == 4
+    assert resumed.scorer.tile_bytes == least.tile_bytes < SAVINGS[0].tile_bytes
+    assert training(run(config(tmp_path, *flags))) == expected
+
+
+# ------------------------------------------------------------------------------- the 4-bit base
+
+QUANTISED = [*AUTO, "--model.quantization", "nf4", "--train.max_steps", 3]
+
+
+def layer_kinds(policy):
+    return {
+        type(layer).__name__ for name, layer in policy.model.named_modules() if "base_layer" in name
+    }
+
+
+@pytest.mark.parametrize(
+    ("free", "flags", "kind", "said"),
+    [
+        (1e12, [], "Linear", "base: dequantised once: dequantised it takes"),
+        (30e6, [], "Linear4bit", "base: kept in 4 bits: dequantised it takes"),
+        (1e12, ["--model.dequantize_base", "false"], "Linear4bit", "kept in 4 bits, as configured"),
+        (30e6, ["--model.dequantize_base", "true"], "Linear", "dequantised once, as configured"),
+    ],
+    ids=["room", "no room", "false", "true"],
+)
+def test_a_4_bit_base_is_made_plain_where_there_is_room(
+    free, flags, kind, said, tmp_path, monkeypatch
+):
+    with_free(monkeypatch, free)
+    one = started(config(tmp_path, *QUANTISED, *flags))
+    assert layer_kinds(one.policy) == {kind}
+    assert said in (one.folder / "header.txt").read_text()
+
+
+def test_a_run_on_plain_layers_has_the_numbers_of_a_4_bit_run(tmp_path):
+    """In fp32, to 1e-5; and other numbers than an unquantised run's: the negative control."""
+    flags = [*QUANTISED, "--train.tokens_per_microbatch", 512]
+    losses = {
+        name: [
+            line["train/loss"]
+            for line in training(
+                run(config(tmp_path, *flags, *more, "--train.output_dir", tmp_path / name))
+            )
+        ]
+        for name, more in (
+            ("4-bit", ["--model.dequantize_base", "false"]),
+            ("plain", ["--model.dequantize_base", "true"]),
+            ("never", ["--model.quantization", "none"]),
+        )
+    }
+    assert losses["plain"] == pytest.approx(losses["4-bit"], abs=1e-5)
+    assert losses["never"] != pytest.approx(losses["4-bit"], abs=1e-5)
+
+
+def test_what_is_not_4_bit_cannot_be_dequantised(tmp_path):
+    with pytest.raises(UserError, match=r"model.dequantize_base: got True, wanted auto or false"):
+        config(tmp_path, *AUTO, "--model.dequantize_base", "true")
 
 
 # ---------------------------------------------------------------------------- gradient checkpoints
@@ -103,8 +178,15 @@ def found(model, monkeypatch, *, free, longest):
         num_tokens=12,
         longest=longest,
         device=CPU,
+        savings=SAVINGS,
+        save=lambda saving: put(model, saving),
         smallest_over_ranks=lambda number: number,
     )
+
+
+def put(model, saving):
+    if saving.checkpoint_every:
+        checkpoint_layers(model.get_base_model(), saving.checkpoint_every)
 
 
 def num_checkpointed(model):
@@ -120,10 +202,10 @@ def test_checkpoints_are_set_only_where_the_longest_pair_does_not_fit(monkeypatc
         reserved = sum(p.numel() * 8 for p in model.parameters() if p.requires_grad)
         per_token = peak_bytes(CPU, work_of(model)) / 12
         free = reserved + 1000 * per_token / 0.9
-        tokens, reason = found(model, monkeypatch, free=share * free * 1.01, longest=950)
+        tokens, saving, _ = found(model, monkeypatch, free=share * free * 1.01, longest=950)
         sizes.append(tokens)
         checkpointed.append(num_checkpointed(model))
-        assert ("checkpointed" in reason) == (num_checkpointed(model) > 0)
+        assert (saving != SAVINGS[0]) == (num_checkpointed(model) > 0)
     assert checkpointed[0] == 0
     assert 0 < checkpointed[1] <= checkpointed[2] <= 8
     assert all(tokens >= 950 for tokens in sizes)
@@ -137,15 +219,21 @@ def test_a_pair_that_does_not_fit_at_all_is_refused_with_its_size(monkeypatch):
 def test_the_smallest_budget_of_all_ranks_is_taken(monkeypatch):
     with_free(monkeypatch, 1e9)
     model = with_lora(tiny())
-    options = {"num_tokens": 12, "longest": 5, "device": CPU}
-    assert auto_budget(model, work_of(model), **options, smallest_over_ranks=lambda _: 77)[0] == 77
+    options = {"num_tokens": 12, "longest": 5, "device": CPU, "savings": SAVINGS}
+    options["save"] = lambda saving: put(model, saving)
+    found = auto_budget(model, work_of(model), **options, smallest_over_ranks=lambda _: 77)
+    assert found.tokens == 77
 
 
 def test_the_probe_takes_pairs_up_to_its_size_and_never_none():
-    pairs = [TokenizedPair([1] * 700, [2] * 200, [3] * 200)] * 5
-    assert len(probe_pairs(pairs)) == 1  # two have 2196 tokens
-    assert len(probe_pairs([TokenizedPair([1] * 9000, [2], [3])])) == 1
-    assert len(probe_pairs([TokenizedPair([1] * 100, [2], [3])] * 50)) == 20
+    def probe(*lengths, times):
+        pairs = [TokenizedPair(*([i] * n for i, n in enumerate(lengths)))] * times
+        run = SimpleNamespace(data=SimpleNamespace(train=pairs), indices=lambda step: range(times))
+        return len(probe_pairs(run))
+
+    assert probe(700, 200, 200, times=5) == 1  # two have 2196 tokens
+    assert probe(9000, 1, 1, times=1) == 1
+    assert probe(100, 1, 1, times=50) == 20
 
 
 # ------------------------------------------------------------------------------------ out of memory
