@@ -120,12 +120,12 @@ class _Linear(torch.autograd.Function):
         b: Tensor | None = None
         low: Tensor | None = None
         if lora_a is not None and lora_b is not None:
-            a, b = cast_once(lora_a, h.dtype), cast_once(lora_b, h.dtype)
+            a, b = (cast_once(adapter, h.dtype) for adapter in (lora_a, lora_b))
             rows = _rows(h)
             if call.dropout:
                 ctx.random = _random_state(h.device)  # before it is drawn from
                 rows = F.dropout(rows, call.dropout)
-            low = rows @ a.T
+            low = torch.mm(rows, a.T)
             out.view(-1, out.shape[-1]).addmm_(low, b.T, alpha=call.scale)
         ctx.call = call
         ctx.save_for_backward(x, gate, weight, a, b, low)
@@ -142,7 +142,9 @@ class _Linear(torch.autograd.Function):
             if gate is not None and call.gated is not None:
                 formed = call.gated(*(t.requires_grad_() for t in inputs))
         h = _rows(x if gate is None else formed.detach())
-        grad_out, grad_low, mask = _rows(grad), None, None
+        grad_out = _rows(grad)
+        grad_low: Any = None
+        mask: Any = None
         grads: list[Tensor | None] = [None] * 7
         if a is not None:
             grad_low = (grad_out @ b).mul_(call.scale)
@@ -158,10 +160,10 @@ class _Linear(torch.autograd.Function):
             w = weight if weight is not None else _dequantised(call.base).to(grad.dtype)
             grad_h = grad_out @ w
             del w
-            if grad_low is not None and mask is None:
-                grad_h.addmm_(grad_low, a)
-            elif grad_low is not None:
+            if mask is not None:
                 grad_h.add_((grad_low @ a).mul_(mask))
+            elif a is not None:
+                grad_h.addmm_(grad_low, a)
             grad_h = grad_h.view_as(x)
             if gate is None:
                 grads[0] = grad_h

@@ -64,6 +64,9 @@ class LogpCache:
             at += 1
         return None
 
+    def __contains__(self, pair: TokenizedPair) -> bool:
+        return self.get(pair) is not None
+
     def put(self, pair: TokenizedPair, logps: Logps) -> None:
         """Keeps it; on disk when there are enough for a shard, or at `flush`."""
         self._new[pair.digest] = logps

@@ -62,6 +62,22 @@ class Zero:
         return torch.zeros(len(stream.targets), device=stream.targets.device)
 
 
+class Absent:
+    """Stands where a frozen copy would, when the cache holds all that will be asked for."""
+
+    def __call__(self, stream: Stream) -> Float[Tensor, " scored"]:
+        """Nothing.
+
+        Raises:
+            RuntimeError: the cache did not hold it after all.
+        """
+        raise RuntimeError(
+            "the reference's cache held every pair when the run began, so no copy of the model was "
+            "made; now a pair is not there: the cache was deleted or damaged meanwhile. Start "
+            "again; train.resume auto goes on from the last checkpoint."
+        )
+
+
 class Cached:
     """A reference that keeps what it computes, and computes only what is not kept yet.
 
@@ -175,11 +191,19 @@ def open_cache(setting: str, digest: str) -> LogpCache:
 
 
 def build_reference(
-    mode: str, scorer: nn.Module, policy: Policy, layout: Literal["shared", "padded"]
+    mode: str,
+    scorer: nn.Module,
+    policy: Policy,
+    layout: Literal["shared", "padded"],
+    *,
+    is_all_cached: bool = False,
 ) -> Reference:
-    """The reference of that mode; before the first update. `scorer` as Accelerate wrapped it."""
+    """The reference of that mode; before the first update. `scorer` as Accelerate wrapped it.
+
+    Nothing is copied for what a cache holds already.
+    """
     if mode == "zero":
         return Zero()
     if mode == "adapter":
         return AdapterOff(scorer, policy)
-    return Frozen(copy.deepcopy(policy.model), layout)
+    return Absent() if is_all_cached else Frozen(copy.deepcopy(policy.model), layout)

@@ -198,6 +198,7 @@ def memory_parts(fake: FakePolicy, config: Config, *, dequantized: bool = False)
         f"adapter in {dtype}": fake.cast_bytes(),
         "gradients": sum(p.numel() * p.element_size() for p in trained),
         f"optimizer state, {config.optim.name}": optimizer_bytes(trained, config.optim.name),
+        "fp32 copies of the weights": copy_bytes(trained),
         "frozen reference": base if has_frozen_copy(config) else 0,
         "largest weight, dequantised": 0 if dequantized else fake.dequantised_bytes(),
     }
@@ -205,18 +206,21 @@ def memory_parts(fake: FakePolicy, config: Config, *, dequantized: bool = False)
 
 
 def optimizer_bytes(trained: Sequence[torch.Tensor], name: str) -> int:
-    """AdamW's two moments: PyTorch's in the weight's type, bitsandbytes' in 32 or 8 bits.
+    """AdamW's two moments in fp32, or in 8 bits.
 
     Eight bits come with an fp32 maximum per block of 256, and only to weights of 4096 or more.
     """
-    if name == "adamw":
-        return sum(2 * p.numel() * p.element_size() for p in trained)
-    if name.endswith("32bit"):
+    if not name.endswith("8bit"):
         return sum(8 * p.numel() for p in trained)
     return sum(
         2 * p.numel() + 8 * math.ceil(p.numel() / 256) if p.numel() >= 4096 else 8 * p.numel()
         for p in trained
     )
+
+
+def copy_bytes(trained: Sequence[torch.Tensor]) -> int:
+    """Of the fp32 copies that the optimizer steps, where weights of half precision train."""
+    return sum(4 * p.numel() for p in trained if p.dtype.itemsize < 4)
 
 
 def choose_budget(fake: FakePolicy, config: Config, left: float, sample: Sample) -> Budget:
@@ -275,7 +279,8 @@ def disk_parts(config: Config, fake: FakePolicy, sample: Sample, steps: int) -> 
     """Bytes by what is written, the most of it that lies there at once."""
     train = config.train
     weights = sum(p.numel() * p.element_size() for p in fake.trained)
-    checkpoint = weights + optimizer_bytes(fake.trained, config.optim.name)
+    state = optimizer_bytes(fake.trained, config.optim.name) + copy_bytes(fake.trained)
+    checkpoint = weights + state
     written = steps // train.save_steps if train.save_steps else 0
     kept = min(written, train.save_total_limit + 1)  # the next is complete before the oldest goes
     pairs = sample.num_pairs or steps * pairs_per_step(config)

@@ -20,7 +20,7 @@ from dpo.config import UserError
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.model.load import Policy, checkpoint_layers, load_policy
 from dpo.model.memory import SAVINGS, Saving, fitting_tokens, free_bytes, peak_bytes
-from dpo.model.reference import Frozen
+from dpo.model.reference import Absent, Frozen
 from dpo.show.evaluate import pair_logps
 from dpo.show.plan import choose_base
 
@@ -58,10 +58,12 @@ def token_budget(run: Any, state: dict[str, Any]) -> Budget:
         tokens = state["tokens_per_microbatch"]
         return Budget(tokens, saving, f"{tokens} tokens a micro-batch, {saving}, as before")
     stream = build_stream(probe_pairs(run)).to(device)
+    is_absent = isinstance(run.live_reference, Absent)
+    reference = run.reference if is_absent else run.live_reference
 
     def score_and_differentiate() -> None:
         with run.accelerator.no_sync(run.scorer):
-            logps = pair_logps(stream, run.scorer(stream), run.live_reference(stream))
+            logps = pair_logps(stream, run.scorer(stream), reference(stream))
             run.accelerator.backward(logps.logratio_gap.sum())
 
     return auto_budget(

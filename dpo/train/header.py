@@ -4,6 +4,7 @@ import math
 import os
 from typing import Any
 
+from dpo.model.reference import Absent
 from dpo.train.tracking import device_name, versions
 
 
@@ -18,7 +19,13 @@ def header(run: Any) -> str:
         f"device: {accelerator.num_processes} x {device_name(accelerator.device)}",
         f"model: {config.model.name_or_path}, {config.model.dtype}, quantization "
         f"{config.model.quantization}, {trained:,} of {total:,} stored parameters train",
-        f"reference: {run.reference_mode}; layout: {run.layout}"
+        f"reference: {run.reference_mode}"
+        + (
+            " (no copy: the cache holds all of it)"
+            if isinstance(run.live_reference, Absent)
+            else ""
+        )
+        + f"; layout: {run.layout}"
         + (f" ({run.layout_reason})" if run.layout_reason else ""),
         f"memory: {run.budget_reason}",
         f"reference cache: {run.cached.store.folder if run.cached else 'off'}",

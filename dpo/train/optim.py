@@ -1,13 +1,16 @@
 """The optimizer, and its learning rate as a pure function of the step.
 
 No scheduler object: there is no state of one to save, and Accelerate would step a prepared one once
-per process. Left out on purpose: fused variants and parameter groups beyond weight decay.
+per process. Weights of half precision get fp32 copies that take the steps.
+Left out on purpose: fused variants and parameter groups beyond weight decay.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpo.config import OptimConfig
 
@@ -33,11 +36,73 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over the parameters that train; weight decay spares vectors (norms and biases)."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if all(p.dtype.itemsize >= 4 for p in trained):
+        return _adamw(groups, config)
+    return MasterWeights(groups, lambda group: _adamw([group], config))
+
+
+class MasterWeights(torch.optim.Optimizer):
+    """Steps an fp32 copy of every half-precision weight, and rounds it into the weight.
+
+    A step of AdamW changes a weight by about the learning rate; bfloat16 has 8 bits, so a weight of
+    0.1 would not feel anything below 2e-4. The copies are optimizer state: 4 bytes a weight. Each
+    weight has an optimizer of its own, so that one fp32 gradient is there at a time.
+
+    Args:
+        groups: as any optimizer takes them.
+        build: makes the optimizer of a group of one copy.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        build: Callable[[dict[str, Any]], torch.optim.Optimizer],
+    ):
+        super().__init__(groups, {"lr": 0.0})
+        self._copies: list[tuple[nn.Parameter, Tensor, torch.optim.Optimizer]] = []
+        for group in self.param_groups:
+            for weight in group["params"]:
+                copy = nn.Parameter(weight.detach().float())
+                self._copies.append((weight, copy, build({**group, "params": [copy]})))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of all weights that have a gradient, at their group's learning rate."""
+        rates = [group["lr"] for group in self.param_groups for _ in group["params"]]
+        for rate, (weight, copy, optimizer) in zip(rates, self._copies, strict=True):
+            if weight.grad is None:
+                continue
+            copy.grad = weight.grad.float()
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            copy.grad = None
+            weight.copy_(copy)
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """The copies, and the state of their optimizers."""
+        return {
+            "copies": [copy.detach() for _, copy, _ in self._copies],
+            "optimizers": [optimizer.state_dict() for *_, optimizer in self._copies],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """What `state_dict` gave."""
+        saved = zip(state_dict["copies"], state_dict["optimizers"], strict=True)
+        for (weight, copy, optimizer), (its_copy, its_state) in zip(
+            self._copies, saved, strict=True
+        ):
+            copy.copy_(its_copy)
+            weight.copy_(copy)
+            optimizer.load_state_dict(its_state)
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.learning_rate)
     import bitsandbytes.optim as bnb
@@ -49,5 +114,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     }[config.name]
     built = optimizer(groups, lr=config.learning_rate)
     # Its kernels write past PyTorch, which would not know that copies of the weights are old.
-    built.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trained))
+    weights = [weight for group in groups for weight in group["params"]]
+    built.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(weights))
     return built

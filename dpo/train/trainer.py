@@ -28,6 +28,7 @@ from dpo.metrics import RunningMeans, pair_metrics
 from dpo.model.costs import costs, peak_tflops, work
 from dpo.model.fingerprint import reference_digest, weights_digest
 from dpo.model.load import load_tokenizer
+from dpo.model.logp_cache import LogpCache
 from dpo.model.reference import Cached, Reference, build_reference, choose_mode, open_cache
 from dpo.model.scorer import Scorer
 from dpo.show.diagnostics import Watch
@@ -109,10 +110,15 @@ class Run:
         )
         # Before a checkpoint is loaded: the reference is what the policy was at step 0.
         self.reference_mode = choose_mode(config.reference.mode, self.policy)
+        store = self._open_cache()
         self.live_reference = build_reference(
-            self.reference_mode, self.scorer, self.policy, self.layout
+            self.reference_mode,
+            self.scorer,
+            self.policy,
+            self.layout,
+            is_all_cached=store is not None and self._is_all_in(store),
         )
-        self.cached = self._cached()
+        self.cached = Cached(self.live_reference, store) if store else None
         self.reference: Reference = self.cached or self.live_reference
         self.evaluator = Evaluator(
             config,
@@ -334,14 +340,22 @@ class Run:
         """Whether the step is the last of an epoch: in the next one, pairs go to other ranks."""
         return self.is_due(step, math.ceil(len(self.data.train) / self.pairs_per_step))
 
-    def _cached(self) -> Cached | None:
-        """The cache that `reference.cache` names, before the live reference."""
+    def _open_cache(self) -> LogpCache | None:
+        """The cache that `reference.cache` names, of this run's reference."""
         config = self.config
         if config.reference.cache == "off" or self.reference_mode == "zero":
             return None
         kind = {"layout": self.layout, "device_type": self.accelerator.device.type}
         digest = on_main(self.accelerator, lambda: reference_digest(config.model, **kind))
-        return Cached(self.live_reference, open_cache(config.reference.cache, digest))
+        return open_cache(config.reference.cache, digest)
+
+    def _is_all_in(self, store: LogpCache) -> bool:
+        """Whether no pair of the run needs the live reference, which would be a second model."""
+        if self.reference_mode != "frozen" or self.config.train.eval_prompts:  # sampled answers
+            return False
+        seen = {i for step in range(1, self.total_steps + 1) for i in self.indices(step)}
+        in_training = (self.data.train[i] in store for i in sorted(seen))
+        return all(in_training) and all(pair in store for pair in self.data.held_out)
 
     @cached_property
     def weights_digest(self) -> str:

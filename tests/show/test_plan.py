@@ -23,6 +23,7 @@ from dpo.show.plan import (
     bytes_per_token,
     choose_budget,
     choose_gpu,
+    copy_bytes,
     first_rows,
     given_lengths,
     mean_work,
@@ -132,14 +133,19 @@ def test_the_optimizer_state_is_what_the_optimizer_makes(name, dtype):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
+    copies = getattr(optimizer, "_copies", [])
+    optimizers = [one for *_, one in copies] or [optimizer]
     state = {
         tensor.data_ptr(): tensor.numel() * tensor.element_size()
-        for entry in optimizer.state.values()
+        for one in optimizers
+        for entry in one.state.values()
         for key, tensor in entry.items()
         if isinstance(tensor, torch.Tensor) and not key.startswith(("qmap", "step"))
     }
     planned = optimizer_bytes(list(model.parameters()), name)
     assert planned == pytest.approx(sum(state.values()), rel=0.01)
+    assert copy_bytes([*model.parameters()]) == sum(4 * copy.numel() for _, copy, _ in copies)
+    assert bool(copies) == (dtype == torch.bfloat16)
 
 
 def test_files_take_what_was_planned(tmp_path):

@@ -170,3 +170,73 @@ def test_a_model_of_matrices_alone_has_one_group(name):
     """LoRA without DoRA: no empty group is handed over."""
     model = nn.Linear(4, 4, bias=False)
     assert len(build_optimizer(model, OptimConfig(name=name)).param_groups) == 1
+
+
+# --------------------------------------------------------------------------- half precision weights
+
+
+def half_layer():
+    layer = nn.Linear(64, 80, bias=False)  # more than 4096 weights: 8-bit states too
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(-0.2, 0.2, 64 * 80).view(80, 64))
+    return layer.bfloat16()
+
+
+def take_steps(layer, optimizer, num_steps):
+    """Along one fixed gradient, at a rate of 1e-5; the optimizer."""
+    gradient = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0))
+    for _ in range(num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-5
+        layer.weight.grad = gradient.bfloat16().to(layer.weight.dtype)
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+@every_optimizer
+def test_half_precision_weights_take_steps_that_they_alone_could_not_hold(name):
+    """100 steps of 1e-5 move a weight of 0.2, whose neighbours in bfloat16 are 1e-3 away, by 1e-3.
+
+    As fp32 weights rounded at the end do.
+    """
+    config = OptimConfig(name=name, learning_rate=1e-5)
+    half, whole = half_layer(), half_layer().float()
+    for layer in (half, whole):
+        take_steps(layer, build_optimizer(layer, config), 100)
+    assert half.weight.dtype == torch.bfloat16
+    assert torch.equal(half.weight, whole.weight.bfloat16())
+    assert (half.weight != half_layer().weight).float().mean() > 0.5
+
+
+def test_without_fp32_copies_such_steps_are_lost():
+    """The negative control: PyTorch's AdamW on the weights themselves."""
+    layer = half_layer()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-5, weight_decay=0.0)
+    for _ in range(100):
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step()
+    assert (layer.weight != half_layer().weight)[layer.weight.abs() > 0.1].sum() == 0
+
+
+@every_optimizer
+def test_fp32_copies_are_saved_and_go_on_bit_for_bit(name, tmp_path):
+    config = OptimConfig(name=name, learning_rate=1e-5)
+    straight, layer, resumed = (half_layer() for _ in range(3))
+    expected = take_steps(straight, build_optimizer(straight, config), 7)
+    first = take_steps(layer, build_optimizer(layer, config), 4)
+    torch.save(first.state_dict(), tmp_path / "optimizer.pt")
+    optimizer = build_optimizer(resumed, config)
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    assert torch.equal(resumed.weight, layer.weight)
+    take_steps(resumed, optimizer, 3)
+    assert torch.equal(resumed.weight, straight.weight)
+    assert torch.equal(optimizer.state_dict()["copies"][0], expected.state_dict()["copies"][0])
+
+
+def test_a_weight_without_a_gradient_is_not_stepped():
+    layer = half_layer()
+    optimizer = build_optimizer(layer, OptimConfig(name="adamw", weight_decay=0.5))
+    before = layer.weight.clone()
+    optimizer.step()
+    assert torch.equal(layer.weight, before)

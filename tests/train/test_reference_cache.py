@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo.config import PACKAGE, UserError
+from dpo.model.logp_cache import LogpCache
 from dpo.model.reference import AdapterOff, Frozen
-from dpo.train import trainer
+from dpo.train import budget
 from dpo.train.ahead import cache_reference, used_indices
 from tests.train.runs import config, forget_accelerate, metrics, rows_file, run, training
 
@@ -122,17 +123,43 @@ def test_an_edited_model_of_the_same_name_is_another_reference(tmp_path, asked):
 def test_a_model_that_is_not_what_its_files_say_does_not_start(tmp_path, monkeypatch):
     """The files name the cache; weights changed after loading are noticed by the self-check."""
     run(cached(tmp_path, "--train.max_steps", 2))
-    load = trainer.load_policy
+    load = budget.load_policy
 
-    def edited(*arguments):
-        policy = load(*arguments)
+    def edited(*arguments, **options):
+        policy = load(*arguments, **options)
         with torch.no_grad():
             policy.model.get_base_model().model.norm.weight.mul_(1.5)
         return policy
 
-    monkeypatch.setattr(trainer, "load_policy", edited)
+    monkeypatch.setattr(budget, "load_policy", edited)
     with pytest.raises(RuntimeError, match=r"must be the reference.*reference\.cache off"):
         run(cached(tmp_path, "--train.max_steps", 2, "--train.resume", "never"))
+
+
+def test_full_fine_tuning_makes_no_copy_of_the_model_where_the_cache_holds_all(tmp_path):
+    """And has the same numbers; a run that sees pairs more makes one."""
+    flags = ["--model.adapter", "none", "--optim.learning_rate", 1e-4, "--train.max_steps"]
+    first = run(cached(tmp_path, *flags, 1, name="first"))
+    second = run(cached(tmp_path, *flags, 1, name="second"))
+    assert "reference: frozen; layout" in (first / "header.txt").read_text()
+    assert "(no copy: the cache holds all of it)" in (second / "header.txt").read_text()
+    assert training(first) == training(second)
+    longer = run(cached(tmp_path, *flags, 2, name="longer"))
+    assert "reference: frozen; layout" in (longer / "header.txt").read_text()
+
+
+def test_a_cache_that_vanishes_ends_a_run_that_made_no_copy(tmp_path, monkeypatch):
+    flags = ["--model.adapter", "none", "--train.max_steps", 2]
+    run(cached(tmp_path, *flags, name="first"))
+    get, asked = LogpCache.get, []
+
+    def vanishing(self, pair):
+        asked.append(pair)
+        return get(self, pair) if len(asked) <= 24 else None  # the 24 that are looked for at first
+
+    monkeypatch.setattr(LogpCache, "get", vanishing)
+    with pytest.raises(RuntimeError, match="the cache was deleted or damaged meanwhile"):
+        run(cached(tmp_path, *flags, name="second"))
 
 
 @pytest.mark.parametrize("adapter", ["lora", "none"])

@@ -310,6 +310,7 @@ def test_the_final_adapter_scores_in_a_fresh_process_as_it_did_in_this_one(tmp_p
         "from transformers import AutoTokenizer\n"
         "from dpo.data.stream import build_stream\n"
         "from dpo.model.scorer import Scorer\n"
+        "torch.set_num_threads(1)\n"  # as here: they decide the last bit
         "model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "AutoTokenizer.from_pretrained(sys.argv[1])\n"
         "stream = build_stream([([5, 6, 7], [8, 9], [10, 11])])\n"
