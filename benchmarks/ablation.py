@@ -19,6 +19,7 @@ WHOLE_STEP = 10**6  # tokens a micro-batch
 VARIANTS: dict[str, dict[str, Any]] = {
     ALL_ON: {},
     "prompt not shared: padded rows": {"model__attention": "padded"},
+    "PEFT's and transformers' layers": {"model__lean_layers": False},
     "checkpointing": {"train__gradient_checkpointing": True},
     "micro-batches of 1 pair": {"train__tokens_per_microbatch": 1},
     "micro-batches of 16 pairs": {"train__tokens_per_microbatch": WHOLE_STEP},

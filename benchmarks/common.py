@@ -201,7 +201,9 @@ class Race:
     def start(self, model: Any) -> None:
         """Just before the first step."""
         model.get_input_embeddings().register_forward_hook(self._count_tokens)
-        weights = (w.detach().numpy() for name, w in model.named_parameters() if "lora_" in name)
+        weights = (
+            w.detach().cpu().numpy() for name, w in model.named_parameters() if "lora_" in name
+        )
         self._adapter = hashlib.sha256(b"".join(w.tobytes() for w in weights)).hexdigest()
         self.wait()
 
@@ -329,13 +331,18 @@ def add_task_flags(flags: argparse.ArgumentParser) -> None:
 
 def prepare(args: argparse.Namespace, folder: Path) -> Task:
     """Writes the task, and sets what the child processes inherit."""
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    os.environ["HF_HOME"] = str(folder / "cache")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    set_environment(args.threads, folder)
     task = Task(folder, draw_lengths(args.pairs, args.scale))
     task.write(args.layers)
     return task
+
+
+def set_environment(threads: int, folder: Path) -> None:
+    """What child processes inherit: threads, caches of their own, no hub."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["HF_HOME"] = str(folder / "cache")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def clock(args: argparse.Namespace) -> str:

@@ -48,6 +48,8 @@ class ModelConfig:
     """shared computes each prompt once, padded gives every answer a row; auto chooses."""
     lean_layers: bool = True
     """Keep less of each layer for the backward, where its kind is known (dpo.model.kernels)."""
+    compile: bool = False
+    """torch.compile what lies between products and attention, layer by layer; needs a compiler."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 

@@ -1,5 +1,7 @@
 """The benchmarks in small, without TRL: they run, and the things that they compare are the same."""
 
+import re
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -133,3 +135,98 @@ def test_the_head_is_measured_in_small(tmp_path, monkeypatch, capsys):
 def measured(head, run, *args):
     result = in_this_process(partial(head.common.measure, run, *args))
     return {**result, "growth": 0}
+
+
+# ----------------------------------------------------------------------------------- gpu, layers
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_in_small_on_a_cpu(tmp_path):
+    """Every section prints its rows and none failed; in a process that checks no shapes, as it is
+    run: one of its rows is compiled."""
+    output = tmp_path / "gpu.md"
+    command = [sys.executable, "-W", "ignore", "gpu.py", "--self_test", "--output", str(output)]
+    process = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    report = output.read_text()
+    assert "FAILED" not in report
+    assert "not measured" not in report
+    assert "a CPU (self-test: no measurement)" in report
+    for row in (
+        "attention in bfloat16, dk",
+        "shared against padded rows",
+        "policy against its reference, one micro-batch: nats a token, mean (worst) | 0.0e+00",
+        "kept by lean layers",
+        "micro-batches of 128 tokens",
+        "a step of 128 tokens: GEMM",
+        "recipe, ours, reference cached",
+        "NF4, dequantised in every pass",
+        "compiled regions",
+    ):
+        assert row in report
+
+
+def test_without_a_gpu_its_file_says_that_nothing_was_measured(tmp_path):
+    import gpu
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert gpu.main(["--output", str(tmp_path / "gpu.md")]) == []
+    assert (tmp_path / "gpu.md").read_text() == "not measured\n"
+
+
+def test_a_section_that_fails_is_named_and_the_others_stand():
+    """The negative control of the self-test; a process that dies ends in SystemExit."""
+    import gpu
+
+    rows = [("one", "1")]
+    for error in (RuntimeError("no kernel\nmore"), SystemExit("run_ours failed")):
+        with gpu.collected(rows, "attention"):
+            raise error
+    assert rows == [
+        ("one", "1"),
+        ("attention: FAILED", "RuntimeError: no kernel"),
+        ("attention: FAILED", "SystemExit: run_ours failed"),
+    ]
+
+
+def test_kernels_are_told_apart_by_their_names():
+    """As CUDA 12 and 13 name them."""
+    import gpu
+
+    def kind(name):
+        return next((k for k, words in gpu.KINDS.items() if any(w in name for w in words)), None)
+
+    assert kind("nvjet_tst_256x128_64x4_2x1_v_bz_coopa_tnn") == "GEMM"
+    assert kind("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n") == "GEMM"
+    assert kind("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel") == "attention"
+    assert kind("void at::native::vectorized_elementwise_kernel<4>") is None
+
+
+def test_layers_are_measured_in_small(monkeypatch, capsys):
+    """Its last line is what other checks read."""
+    import layers
+
+    small = ["layers.py", "--rounds", "1", "--threads", "1", "--pairs", "16", "--scale", "0.02"]
+    monkeypatch.setattr(sys, "argv", [*small, "--layers", "1"])
+    monkeypatch.setattr(layers, "race", lambda args: "the race")
+    layers.main()
+    last = capsys.readouterr().out.rstrip().splitlines()[-1]
+    said = r"saved activations per token per layer: ([\d.]+) KiB \(PEFT \+ autocast: ([\d.]+) KiB\)"
+    lean, peft = map(float, re.fullmatch(said, last).groups())
+    assert lean <= 125 < peft
+
+
+def test_lean_layers_take_the_same_step_as_pefts(task):
+    import common
+
+    base = {"train__tokens_per_microbatch": 64, "reference__cache": "off"}
+    own, lean = (
+        in_this_process(
+            partial(common.measure, common.run_ours, task, **base, model__lean_layers=is_lean)
+        )["logged"]
+        for is_lean in (False, True)
+    )
+    for ours, theirs in zip(lean, own, strict=True):
+        for key in ("loss", "logps/chosen", "logps/rejected", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)

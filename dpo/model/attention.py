@@ -129,6 +129,7 @@ class Joined:
     most_keys: int
 
 
+@torch.compiler.disable  # its segments are other ones in every stream
 def two_segment_attention(
     module: nn.Module,
     query: Tensor,

@@ -214,7 +214,9 @@ def _random_state(device: torch.device) -> Tensor:
 def _mask_again(like: Tensor, rate: float, state: Tensor) -> Tensor:
     """Dropout's mask, 0 or 1 / (1 - rate), as it was when the generator was in this state."""
     with _generator_at(state, like.device):
-        return F.dropout(torch.ones_like(like), rate)
+        if like.is_cuda:
+            return F.dropout(torch.ones_like(like), rate)
+        return torch.empty_like(like).bernoulli_(1 - rate).div_(1 - rate)  # the same, in less time
 
 
 @contextmanager
@@ -239,7 +241,7 @@ class _LeanLora(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or active_adapter(self) is None:
             return super().forward(x, *args, **kwargs)
-        return _linear(self, x)
+        return _linear(self, x)  # type: ignore[call-arg]
 
 
 class _LeanMlp(nn.Module):
@@ -250,10 +252,11 @@ class _LeanMlp(nn.Module):
             return self.act_fn.forward(gate) * up  # type: ignore[union-attr,operator]
 
         if type(down) is nn.Linear or (isinstance(down, _LeanLora) and active_adapter(down)):
-            return _linear(down, up, gate, gated)
+            return _linear(down, up, gate, gated)  # type: ignore[call-arg]
         return down(gated(gate, up))  # type: ignore[operator]
 
 
+@torch.compiler.disable  # nothing to fuse with its products
 def _linear(layer: Any, x: Tensor, gate: Tensor | None = None, gated: Any = None) -> Tensor:
     """A plain layer, or one of PEFT's with its one active adapter."""
     base, call, adapter = layer, _Call(layer, gated), (None, None)

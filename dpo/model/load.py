@@ -130,6 +130,28 @@ def checkpoint_layers(base: PreTrainedModel, every_n: int = 1) -> None:
         ) from None
 
 
+def compile_layers(base: PreTrainedModel, device: torch.device) -> None:
+    """Compiles every decoder layer by itself, for any number of tokens; in place.
+
+    Attention and lean products are left out (`torch.compiler.disable`): what is fused is what lies
+    between them. One graph serves all layers.
+
+    Raises:
+        UserError: nothing can be compiled here.
+    """
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:  # each backend fails in its own way
+        raise UserError(
+            f"model.compile: got true, but torch.compile does not work here "
+            f"({str(error).strip().splitlines()[0]}). Install a C++ compiler (on a GPU: triton), "
+            "or set it to false."
+        ) from None
+    for module in base.modules():
+        if type(module).__name__ in (base._no_split_modules or ()):
+            module.compile(dynamic=True)
+
+
 def load_base(model: ModelConfig, device: torch.device | str, path: str) -> PreTrainedModel:
     """The base model, quantised as configured, in train mode; every weight must be in the files."""
     options: dict[str, Any] = {"dtype": "auto" if model.dtype == "auto" else model.dtype}

@@ -83,6 +83,11 @@ class Scorer(nn.Module):
             module.training = mode
 
     @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The model without PEFT's wrapper; its layers may hold adapters."""
+        return self._parts[0]
+
+    @property
     def device(self) -> torch.device:
         """Where the embeddings lie, and so where a stream must be."""
         return self._parts[0].get_input_embeddings().weight.device  # type: ignore[union-attr]

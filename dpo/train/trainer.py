@@ -27,7 +27,7 @@ from dpo.losses import LOSSES, PairLogps
 from dpo.metrics import RunningMeans, pair_metrics
 from dpo.model.costs import costs, peak_tflops, work
 from dpo.model.fingerprint import reference_digest, weights_digest
-from dpo.model.load import load_tokenizer
+from dpo.model.load import compile_layers, load_tokenizer
 from dpo.model.logp_cache import LogpCache
 from dpo.model.reference import Cached, Reference, build_reference, choose_mode, open_cache
 from dpo.model.scorer import Scorer
@@ -104,6 +104,8 @@ class Run:
         scorer = Scorer(self.policy.model, config.model.attention)
         self.layout: Literal["shared", "padded"] = scorer.layout
         self.layout_reason = scorer.layout_reason
+        if config.model.compile:  # after the scorer, whose probe must see the model's own errors
+            compile_layers(scorer.causal_lm, accelerator.device)
         optimizer = build_optimizer(self.policy.model, config.optim)
         self.scorer, self.optimizer = accelerator.prepare(
             scorer, optimizer, device_placement=[False, False]

@@ -7,9 +7,10 @@ import torch
 
 from dpo.config import Config, UserError
 from dpo.data.stream import TokenizedPair, build_stream
+from dpo.logps import TILE_BYTES
 from dpo.model.fake import FakePolicy
-from dpo.model.load import load_policy
-from dpo.model.memory import PeakBytes
+from dpo.model.load import checkpoint_layers, load_policy
+from dpo.model.memory import SAVINGS, PeakBytes
 from dpo.model.reference import build_reference, choose_mode
 from dpo.model.scorer import Scorer
 from tests.models import tiny, with_lora
@@ -38,10 +39,11 @@ def configuration(
     return config
 
 
-def real_step_bytes(config, pairs):
+def real_step_bytes(config, pairs, *, load=load_policy, tile_bytes=TILE_BYTES):
     """The same step as FakePolicy's, on a loaded model, whose gradients exist."""
-    policy = load_policy(config, "cpu")
+    policy = load(config, "cpu")
     scorer = Scorer(policy.model, config.model.attention)
+    scorer.tile_bytes = tile_bytes
     mode = choose_mode("auto", policy)
     reference = build_reference(mode, scorer, policy, scorer.layout)
     stream = build_stream(pairs)
@@ -84,6 +86,26 @@ def test_a_step_takes_what_a_real_one_takes(more, tmp_path):
     config = configuration(folder_of(tiny(**SIZES), tmp_path / "model"), **more)
     planned = FakePolicy(config).step_bytes(PAIRS)
     assert planned == pytest.approx(real_step_bytes(config, PAIRS), rel=0.03)
+
+
+@pytest.mark.parametrize("saving", [SAVINGS[1], SAVINGS[2], SAVINGS[-1]], ids=str)
+def test_what_is_given_up_for_memory_saves_what_was_planned(saving, tmp_path):
+    """Some layers checkpointed, or all and a smaller tile, which here holds 8 rows of the head."""
+    saving = saving._replace(tile_bytes=saving.tile_bytes // 2**11)
+    config = configuration(folder_of(tiny(**SIZES), tmp_path / "model"), dtype="bfloat16")
+    fake = FakePolicy(config)
+    before = fake.step_bytes(PAIRS)
+    fake.save_memory(saving)
+    planned = fake.step_bytes(PAIRS)
+    assert planned < before
+
+    def load(*arguments):
+        policy = load_policy(*arguments)
+        checkpoint_layers(policy.model.get_base_model(), saving.checkpoint_every)
+        return policy
+
+    real = real_step_bytes(config, PAIRS, load=load, tile_bytes=saving.tile_bytes)
+    assert planned == pytest.approx(real, rel=0.03)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma"])

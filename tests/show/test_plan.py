@@ -215,6 +215,63 @@ def test_full_fine_tuning_has_a_frozen_copy_and_no_adapter(folder):
 
 # ------------------------------------------------------------------------------- what fits
 
+MISTRAL_7B = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+LLAMA_70B = {
+    "vocab_size": 128256,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+
+
+def with_one_pair(tmp_path, shape, pair, *flags):
+    """Bytes of a QLoRA run of that shape: what is always there, and a micro-batch of one pair."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **shape}))
+    flags = ("--model.quantization", "nf4", "--model.dtype", "bfloat16", *flags)
+    config = configuration(tmp_path, "--lora.r", 16, *flags)
+    fake = FakePolicy(config)
+    fake.save_memory(SAVINGS[-1])
+    return sum(memory_parts(fake, config).values()) + fake.step_bytes([pair])
+
+
+@pytest.mark.slow
+def test_a_7b_model_trains_on_a_pair_of_1536_tokens_in_less_than_6_5_gb(tmp_path):
+    """Weights 4.45 GB, the adapter's own 0.9, the rest activations; CUDA's context comes on top."""
+    pair = TokenizedPair([3] * 1024, [5] * 257, [6] * 257)
+    assert pair.num_stream_tokens == 1536
+    assert 5.3e9 < with_one_pair(tmp_path, MISTRAL_7B, pair) < 6.5e9
+
+
+@pytest.mark.slow
+def test_a_70b_model_trains_on_one_80_gb_card(tmp_path):
+    """On the longest pair that the article's limits allow; 2 GiB are left for CUDA's context."""
+    pair = TokenizedPair([3] * 1024, [5] * 512, [6] * 512)
+    assert 40e9 < with_one_pair(tmp_path, LLAMA_70B, pair) < 78 * 2**30
+
+
+def test_a_4_bit_base_is_planned_plain_where_it_fits(tmp_path):
+    """The planner and the run header say which, and why."""
+    shape = tiny(**SIZES | {"num_hidden_layers": 2}).config
+    shape.save_pretrained(tmp_path)
+    large, small = GPUS["H200"], Gpu(2.02, 71.0)
+    config = configuration(tmp_path, "--model.quantization", "nf4")
+    assert "base: dequantised once: dequantised it takes" in said(config, large)
+    assert "base weights, float32" in said(config, large)
+    assert "largest weight, dequantised" not in said(config, large)
+    assert "base: kept in 4 bits: dequantised it takes" in said(config, small)
+    assert "base weights, nf4" in said(config, small)
+    config.model.dequantize_base = False
+    assert "base: kept in 4 bits, as configured" in said(config, large)
+
 
 def test_the_budget_is_nine_tenths_of_what_is_left(folder):
     config = configuration(folder, "--train.tokens_per_microbatch", "auto")

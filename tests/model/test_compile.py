@@ -1,0 +1,66 @@
+"""Compiled layers compute what plain ones do, with one graph for all layers and lengths."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo.config import UserError
+from dpo.data.stream import build_stream
+from dpo.model import load
+from dpo.model.kernels import make_lean
+from dpo.model.load import compile_layers
+from dpo.model.scorer import Scorer
+from tests.model.test_scorer import PAIRS, gradients
+from tests.models import tiny, with_lora
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler (g++)")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_layers_are_the_plain_ones_in_values_and_gradients():
+    """In a process of its own: the shapes that tests check would be compiled along."""
+    code = "from tests.model.test_compile import compare; compare()"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    process = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
+def compare():
+    """With dropout, over streams of other lengths: the last makes no graph any more."""
+    from torch._dynamo.utils import counters
+
+    model = with_lora(tiny(num_hidden_layers=3), dropout=0.3).train()
+    make_lean(model)
+    scorer = Scorer(model)
+
+    def score(pairs):
+        torch.manual_seed(5)
+        logps = scorer(build_stream(pairs))
+        return logps.detach(), gradients(model, logps)
+
+    batches = [PAIRS[:2], PAIRS, PAIRS[1:], PAIRS[:3]]
+    expected = [score(batch) for batch in batches]
+    compile_layers(scorer.causal_lm, torch.device("cpu"))
+    graphs = []
+    for batch, (logps, grads) in zip(batches, expected, strict=True):
+        its_logps, its_grads = score(batch)
+        graphs.append(counters["stats"]["unique_graphs"])
+        assert (its_logps - logps).abs().max() <= 1e-5
+        largest = max(g.abs().max() for g in grads.values())
+        for name, gradient in grads.items():
+            assert (its_grads[name] - gradient).abs().max() <= 1e-5 * largest
+    assert graphs[-1] == graphs[-2] > 5, graphs  # compiled, and not again for other lengths
+
+
+def test_where_nothing_can_be_compiled_it_is_said(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler found\nand much more")
+
+    monkeypatch.setattr(load.torch, "compile", broken)
+    with pytest.raises(UserError, match=r"does not work here \(no compiler found\)"):
+        compile_layers(tiny(), torch.device("cpu"))
