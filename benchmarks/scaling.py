@@ -17,6 +17,7 @@ from pathlib import Path
 from dpo.config import parse
 from dpo.model.costs import Costs, costs, segments_of, work
 from dpo.model.fake import FakePolicy
+from dpo.model.memory import Saving
 from dpo.show.plan import given_lengths
 
 PEAK_TFLOPS, MFU = 989, 0.4  # H100, bfloat16; the share is an assumption
@@ -120,7 +121,7 @@ class Probe:
         pairs = [*given_lengths(",".join(map(str, LENGTHS))).pairs] * 4
         tokens = sum(pair.num_stream_tokens for pair in pairs)
         self.activations = fake.step_bytes(pairs) / tokens
-        fake.checkpoint(1)
+        fake.save_memory(Saving(1))
         self.checkpointed = fake.step_bytes(pairs) / tokens
         self.linear, self.adapter_flops = self.costs.linear, self.costs.adapter
         self.attention = self.costs.attention
