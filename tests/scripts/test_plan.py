@@ -26,7 +26,8 @@ def test_a_recipe_is_planned_from_config_json_alone(folder):
     heads = ("tokens of a pair, as given", "memory", "FLOPs", "disk")
     tables = [table.splitlines()[0] for table in out.strip().split("\n\n")]
     assert [head.split("  ")[0] for head in tables] == list(heads)
-    assert "base weights, fp4" in out
+    assert "base weights, bfloat16" in out
+    assert "base: dequantised once" in out
     assert "optimizer state, paged_adamw_32bit" in out
 
 
