@@ -13,7 +13,7 @@ and a comparison of two models want the distribution that the weights define.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +124,7 @@ def generate(
     answers: dict[int, list[int]] = {}
     # Longest first: a batch then pads little, and running out of memory happens at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    with _ready(model) as base:
+    with _ready(model) as base, _uncompiled(base):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = [list(prompts[i]) for i in rows]
@@ -163,6 +163,12 @@ def _ready(model: nn.Module) -> Iterator[Any]:
     finally:
         base.generation_config = own_settings
         model.train(was_training)
+
+
+def _uncompiled(base: nn.Module) -> AbstractContextManager[Any]:
+    """Compiled layers run as they are: each length of the cache of keys would be compiled anew."""
+    is_compiled = any(module._compiled_call_impl is not None for module in base.modules())
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -14,6 +14,7 @@ from dpo.model import load
 from dpo.model.kernels import make_lean
 from dpo.model.load import compile_layers
 from dpo.model.scorer import Scorer
+from dpo.show.samples import _uncompiled
 from tests.model.test_scorer import PAIRS, gradients
 from tests.models import tiny, with_lora
 
@@ -55,6 +56,9 @@ def compare():
         for name, gradient in grads.items():
             assert (its_grads[name] - gradient).abs().max() <= 1e-5 * largest
     assert graphs[-1] == graphs[-2] > 5, graphs  # compiled, and not again for other lengths
+    with _uncompiled(scorer.causal_lm):
+        scorer.causal_lm.generate(input_ids=torch.tensor([[1, 5, 9]]), max_new_tokens=6)
+    assert counters["stats"]["unique_graphs"] == graphs[-1]  # nor for an answer's
 
 
 def test_where_nothing_can_be_compiled_it_is_said(monkeypatch):
