@@ -9,11 +9,9 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -38,18 +36,9 @@ def in_order(
         for task in tasks:
             pending.append(pool.submit(_do, task))
             if len(pending) > 2 * num_workers:
-                yield _result(pending.popleft())
+                yield pending.popleft().result()
         while pending:
-            yield _result(pending.popleft())
-
-
-def _result(future: "Future[Result]") -> Result:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        broken = error
-    time.sleep(0.5)  # Ctrl-C may end the workers a moment before it is noticed here
-    raise broken
+            yield pending.popleft().result()
 
 
 def num_cores() -> int:

@@ -684,6 +684,8 @@ import datasets, os, pathlib, signal, sys, threading, time
 from dpo.data import tokens, workers
 from tests.data.test_loader import BASE, build, config, load_data
 
+# Where tests run in the background, a shell has told them to ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 datasets.config.HF_DATASETS_CACHE = pathlib.Path(sys.argv[2])
 tokens.BATCH_ROWS, tokens._num_workers = 3, lambda num_rows: 2
 tokens.to_preference = lambda *args, **kwargs: time.sleep(60)
