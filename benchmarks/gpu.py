@@ -371,19 +371,23 @@ def recipe_rows(setup: Setup, left: Callable[[], float]) -> Iterator[Row]:
             "model__dtype": "bfloat16",
         }
         nf4 = {**keys, "model__quantization": "nf4"}
-        ours = partial(common.measure, run_ours, task)
+        ours = partial(common.measure, with_peak, task, common.run_ours)
         sides: dict[str, Callable[[], dict[str, Any]]] = {
             "ours": partial(ours, **nf4, reference__cache="off"),
             "ours, 4 bits kept": partial(
                 ours, **nf4, reference__cache="off", model__dequantize_base=False
             ),
-            "ours, reference cached": partial(common.measure, run_ours_cached, task, **nf4),
+            "ours, reference cached": partial(
+                common.measure, with_peak, task, common.run_cached, **nf4
+            ),
         }
         if find_spec("trl") and setup.is_gpu:
-            from compare_trl import TRL_SIDES
+            from compare_trl import TRL_SIDES, run_trl
 
             for name, options in TRL_SIDES.items():
-                sides[name] = partial(common.measure, run_trl, task, **options)
+                sides[name] = partial(
+                    common.measure, with_peak, task, run_trl, on_gpu=True, **options
+                )
         speeds: dict[str, float] = {}
         for name, side in sides.items():
             if left() < 45:
@@ -400,23 +404,11 @@ def recipe_rows(setup: Setup, left: Callable[[], float]) -> Iterator[Row]:
                 yield f"ours against {name}", f"{speeds['ours'] / speed:.2f} x"
 
 
-def run_ours(race: common.Race, task: common.Task, **keys: Any) -> dict[str, Any]:
-    """Ours, and the memory of the GPU that it took."""
-    result = common.run_ours(race, task, **keys)
-    return {**result, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
-
-
-def run_ours_cached(race: common.Race, task: common.Task, **keys: Any) -> dict[str, Any]:
-    """The same, with the reference on disk."""
-    result = common.run_cached(race, task, **keys)
-    return {**result, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
-
-
-def run_trl(race: common.Race, task: common.Task, **options: Any) -> dict[str, Any]:
-    """TRL's trainer on the same 4-bit base, with its own defaults of precision."""
-    import compare_trl
-
-    result = compare_trl.run_trl(race, task, on_gpu=True, **options)
+def with_peak(
+    race: common.Race, task: common.Task, run: common.Side, **keys: Any
+) -> dict[str, Any]:
+    """What `run` measures, and the memory of the GPU that it took."""
+    result = run(race, task, **keys)
     return {**result, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 

@@ -93,11 +93,10 @@ def load_policy_to_fit(run: Any) -> Policy:
 
 def save_memory(run: Any, saving: Saving) -> None:
     """Puts into effect what is to be given up for memory; `run` is a `trainer.Run`."""
-    model = run.policy.model
+    scorer = run.accelerator.unwrap_model(run.scorer)
     if saving.checkpoint_every:
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
-        checkpoint_layers(base, saving.checkpoint_every)
-    run.accelerator.unwrap_model(run.scorer).tile_bytes = saving.tile_bytes
+        checkpoint_layers(scorer.causal_lm, saving.checkpoint_every)
+    scorer.tile_bytes = saving.tile_bytes
     if isinstance(run.live_reference, Frozen):
         run.live_reference.scorer.tile_bytes = saving.tile_bytes
 

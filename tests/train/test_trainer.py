@@ -331,6 +331,22 @@ def test_the_final_adapter_scores_in_a_fresh_process_as_it_did_in_this_one(tmp_p
     assert (trained - base).abs().max() > 1e-3
 
 
+def test_layers_are_compiled_where_the_configuration_says_so(tmp_path, monkeypatch):
+    """That compiled ones compute the same is tests/model/test_compile.py's."""
+    compiled = []
+    monkeypatch.setattr(
+        "dpo.train.trainer.compile_layers", lambda base, device: compiled.append(type(base))
+    )
+    run(config(tmp_path, "--train.max_steps", 1))
+    assert compiled == []
+    run(
+        config(
+            tmp_path, "--train.max_steps", 1, "--model.compile", "true", "--train.resume", "never"
+        )
+    )
+    assert [kind.__name__ for kind in compiled] == ["MistralForCausalLM"]
+
+
 def test_an_adapter_that_was_not_written_is_noticed(tmp_path, monkeypatch):
     """The negative control of the check after every save."""
     from safetensors.torch import load_file, save_file
