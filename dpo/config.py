@@ -188,6 +188,8 @@ class TrainConfig:
     """Dense TFLOP/s of one device, which train/mfu is a share of; null: known for common GPUs."""
     seed: int = 42
     """Seed of the order of the pairs, of the adapter and of dropout."""
+    deterministic: bool = False
+    """On a GPU, only sums of one order, so that a run repeats bit for bit: slower attention."""
     logging_steps: int = 1
     """Log every so many steps, means over them; the first step is always logged alone."""
     eval_steps: int = 0

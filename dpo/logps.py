@@ -54,8 +54,14 @@ def sequence_logps(
     sequence_ids: Int[Tensor, " scored"],
     num_sequences: int,
 ) -> Float[Tensor, " sequences"]:
-    """Sum of each sequence's token log-probs, (num_sequences,) nats; 0 where none is scored."""
-    return token_logps.new_zeros(num_sequences).index_add(0, sequence_ids, token_logps)
+    """Sum of each sequence's token log-probs, (num_sequences,) nats; 0 where none is scored.
+
+    In one order, always: else policy and reference would not tie at step 0.
+    """
+    zeros = token_logps.new_zeros(num_sequences)
+    if token_logps.is_cuda:  # where index_add adds in any order, and this sorts first
+        return zeros.index_put((sequence_ids,), token_logps, accumulate=True)
+    return zeros.index_add(0, sequence_ids, token_logps)
 
 
 class _FrozenHead(torch.autograd.Function):

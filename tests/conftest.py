@@ -11,6 +11,11 @@ import torch
 torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

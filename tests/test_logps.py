@@ -317,7 +317,6 @@ def test_the_gradient_of_a_sure_token_survives_bfloat16():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @half_types
 def test_half_precision_inputs_lose_nothing_on_a_gpu(dtype):
     inputs = peaked(dtype, device="cuda")

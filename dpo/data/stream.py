@@ -112,7 +112,8 @@ class Stream:
     def to(self, device: torch.device | str) -> "Stream":
         """The same stream on another device; the copy does not wait for the device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: to_device(value, device) for name, value in tensors.items()})
+        there = packed_to_device([*tensors.values()], device)
+        return replace(self, **dict(zip(tensors, there, strict=True)))
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -120,6 +121,11 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def packed_to_device(tensors: Sequence[Tensor], device: torch.device | str) -> tuple[Tensor, ...]:
+    """The same for several tensors of one type and one axis, in one copy; parts of it come back."""
+    return torch.split(to_device(torch.cat([*tensors]), device), [*map(len, tensors)])
 
 
 def build_stream(

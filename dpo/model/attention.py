@@ -19,7 +19,7 @@ Axes of query, key and value: (1, heads, tokens, head width).
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from dpo.data.stream import Segment, to_device
+from dpo.data.stream import Segment, packed_to_device
 
 NAME = "dpo_two_segment"
 KEYWORD = "dpo_layout"  # how the layout travels: model(..., dpo_layout=...) -> layer -> attention
@@ -92,15 +92,11 @@ class Layout:
                 query_ends.append(segment.end)
                 key_ends.append(len(keys))
 
-        def tensor(values: list[int], dtype: torch.dtype = torch.long) -> Tensor:
-            return to_device(torch.tensor(values, dtype=dtype), self.device)
-
+        lists = keys, firsts, again, query_ends, key_ends
+        tensors = packed_to_device([torch.tensor(n, dtype=torch.long) for n in lists], self.device)
         return Joined(
-            keys=tensor(keys),
-            firsts=tensor(firsts),
-            again=tensor(again),
-            query_ends=tensor(query_ends, torch.int32),
-            key_ends=tensor(key_ends, torch.int32),
+            *tensors[:3],
+            *(ends.int() for ends in tensors[3:]),
             most_queries=max(self.lengths),
             most_keys=max(
                 segment.shared + max(segment.chosen, segment.rejected) for segment in self.segments
@@ -108,7 +104,7 @@ class Layout:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Joined:
     """Indices for one attention over `shared chosen | shared rejected | ...`.
 
@@ -160,6 +156,7 @@ def serves_varlen(query: Tensor, value: Tensor) -> bool:
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] == value.shape[-1] <= _VARLEN_WIDTH
+        and query.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
@@ -179,7 +176,7 @@ def _in_one_call(
     )  # the result is laid out alike: what is kept of it then serves the next layer
     k, v = (_Repeat.apply(states, joined.keys, joined.firsts, joined.again) for states in (k, v))
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and not _VARLEN_GROUPS:
+    if groups > 1 and not takes_grouped_heads(q.device):
         k, v = (states.repeat_interleave(groups, dim=1) for states in (k, v))
     out = varlen_attn(
         q,
@@ -194,6 +191,35 @@ def _in_one_call(
         **({"enable_gqa": groups > 1} if _VARLEN_GROUPS else {}),  # type: ignore[arg-type]
     )
     return out[None]  # type: ignore[index]
+
+
+@cache
+def takes_grouped_heads(device: torch.device) -> bool:
+    """Whether `varlen_attn` takes fewer heads of keys and values than of queries.
+
+    Its signature says so since torch 2.12. Before, its kernel takes them and does not say so: there
+    it is tried, against repeated heads, in values and gradients.
+    """
+    if _VARLEN_GROUPS:
+        return True
+    ends = torch.tensor([0, 24, 40], dtype=torch.int32, device=device)
+    weights = torch.linspace(-1, 1, 40 * 4 * 64, device=device).view(40, 4, 64)
+    inputs = [weights[:, :heads].cos().bfloat16().requires_grad_() for heads in (4, 2, 2)]
+    results = []
+    with torch.enable_grad():
+        for groups in (1, 2):
+            q, *others = inputs
+            k, v = (states.repeat_interleave(groups, dim=1) for states in others)
+            try:
+                out = varlen_attn(q, k, v, ends, ends, 24, 24, window_size=(-1, 0))
+                grads = torch.autograd.grad((out * weights).sum(), inputs)  # type: ignore[operator]
+            except RuntimeError:
+                return False
+            results.append([out, *grads])
+    return all(
+        (grouped - repeated).abs().max() <= 0.02 * repeated.abs().max()
+        for grouped, repeated in zip(*results, strict=True)
+    )
 
 
 class _Repeat(torch.autograd.Function):
@@ -229,7 +255,9 @@ def _by_segment(
         plain = num_queries == num_keys and narrow is None
         mask = None if plain else layout.mask(num_queries, num_keys, narrow)
         groups = q.shape[1] // k.shape[1]
-        if mask is not None and q.is_cuda:  # no fused CUDA kernel takes a mask and grouped heads
+        # Of the fused CUDA kernels only flash attention takes grouped heads: in half precision, on
+        # new enough a GPU, and without a mask. Any other call would keep (heads, n, n) scores.
+        if q.is_cuda and not (mask is None and serves_varlen(q, v)):
             k, v = (states.repeat_interleave(groups, dim=1) for states in (k, v))
             groups = 1
         return F.scaled_dot_product_attention(

@@ -79,7 +79,9 @@ class _RmsNorm(torch.autograd.Function):
         wide = x.float() if x.dtype.itemsize < 4 else x
         inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, inverse)
-        return (wide * inverse).to(x.dtype)
+        normed = wide * inverse
+        # Compiled by torch 2.11, `.to` of the same type would let no gradient through.
+        return normed if normed.dtype == x.dtype else normed.to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -124,7 +126,7 @@ class _Linear(torch.autograd.Function):
             rows = _rows(h)
             if call.dropout:
                 ctx.random = _random_state(h.device)  # before it is drawn from
-                rows = F.dropout(rows, call.dropout)
+                rows, _ = torch.native_dropout(rows, call.dropout, True)
             low = torch.mm(rows, a.T)
             out.view(-1, out.shape[-1]).addmm_(low, b.T, alpha=call.scale)
         ctx.call = call
@@ -144,14 +146,16 @@ class _Linear(torch.autograd.Function):
         h = _rows(x if gate is None else formed.detach())
         grad_out = _rows(grad)
         grad_low: Any = None
-        mask: Any = None
+        kept: Any = None
         grads: list[Tensor | None] = [None] * 7
         if a is not None:
             grad_low = (grad_out @ b).mul_(call.scale)
+            seen = h
             if call.dropout:
-                mask = _mask_again(h, call.dropout, ctx.random)
-            grads[4] = _sum32(grad_low.T, h if mask is None else h * mask)
+                seen, kept = _dropout_again(h, call.dropout, ctx.random)
+            grads[4] = _sum32(grad_low.T, seen)
             grads[5] = _sum32(grad_out.T, low).mul_(call.scale)
+            del seen
         if wants[2]:
             grads[2] = grad_out.T @ h
         if wants[3]:
@@ -160,8 +164,8 @@ class _Linear(torch.autograd.Function):
             w = weight if weight is not None else _dequantised(call.base).to(grad.dtype)
             grad_h = grad_out @ w
             del w
-            if mask is not None:
-                grad_h.add_((grad_low @ a).mul_(mask))
+            if kept is not None:
+                grad_h.addcmul_(grad_low @ a, kept, value=1 / (1 - call.dropout))
             elif a is not None:
                 grad_h.addmm_(grad_low, a)
             grad_h = grad_h.view_as(x)
@@ -211,12 +215,10 @@ def _random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _mask_again(like: Tensor, rate: float, state: Tensor) -> Tensor:
-    """Dropout's mask, 0 or 1 / (1 - rate), as it was when the generator was in this state."""
-    with _generator_at(state, like.device):
-        if like.is_cuda:
-            return F.dropout(torch.ones_like(like), rate)
-        return torch.empty_like(like).bernoulli_(1 - rate).div_(1 - rate)  # the same, in less time
+def _dropout_again(h: Tensor, rate: float, state: Tensor) -> tuple[Tensor, Tensor]:
+    """What dropout made of h when the generator was in this state, and which numbers it kept."""
+    with _generator_at(state, h.device):
+        return torch.native_dropout(h, rate, True)
 
 
 @contextmanager

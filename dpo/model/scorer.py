@@ -54,6 +54,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
         self.tile_bytes = TILE_BYTES
+        self._last: Layout | None = None
         keep_4bit_trainable(model)
         causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
         assert isinstance(causal_lm, PreTrainedModel)
@@ -116,9 +117,12 @@ class Scorer(nn.Module):
     def _shared_states(self, stream: Stream) -> Float[Tensor, "scored hidden"]:
         return self._backbone_states(stream, self._layout(stream))[stream.predictors]
 
-    @staticmethod
-    def _layout(stream: Stream) -> Layout:
-        return Layout(stream.segments, stream.input_ids.device)
+    def _layout(self, stream: Stream) -> Layout:
+        """Made once for the policy and its reference, which see a stream one after the other."""
+        last, device = self._last, stream.input_ids.device
+        if last is None or last.segments is not stream.segments or last.device != device:
+            last = self._last = Layout(stream.segments, device)
+        return last
 
     def _backbone_states(self, stream: Stream, layout: Layout) -> Float[Tensor, "tokens hidden"]:
         output = self._parts[1](

@@ -62,7 +62,8 @@ class Draw(LogitsProcessor):
     """Leaves one token a row, drawn from the softmax of its scores.
 
     By inverse transform: the first token, in the vocabulary's order, at which the cumulative
-    probability exceeds a uniform number. That number is a function of (seed, prompt, position).
+    probability exceeds a uniform number. That number is a function of (seed, prompt, position), and
+    probabilities are whole multiples of 2^-53, whose sums are the same in whatever order.
 
     Args:
         prompts: token ids of each row, without padding.
@@ -80,8 +81,9 @@ class Draw(LogitsProcessor):
     ) -> Float[Tensor, "rows vocab"]:
         """Scores that are 0 for the token drawn and -inf for the others."""
         uniform = self._uniforms[:, input_ids.shape[1] - self._start].to(scores.device)
-        cumulative = scores.double().softmax(-1).cumsum(-1)
-        drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+        cumulative = (scores.double().softmax(-1) * 2**53).long().cumsum(-1)
+        threshold = (uniform[:, None] * cumulative[:, -1:]).long()
+        drawn = torch.searchsorted(cumulative, threshold, right=True)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
 
@@ -131,7 +133,8 @@ def generate(
             processors = LogitsProcessorList()
             if temperature > 0:
                 draw = Draw(batch, [seeds[i] for i in rows], max_new_tokens)
-                bend = [TemperatureLogitsWarper(float(temperature)), TopPLogitsWarper(top_p)]
+                bend = [TemperatureLogitsWarper(float(temperature))]
+                bend += [TopPLogitsWarper(top_p)] if top_p < 1 else []
                 processors += [*bend, draw]
             longest = max(map(len, batch))
             padded = [[pad] * (longest - len(ids)) + ids for ids in batch]

@@ -2,14 +2,15 @@
 
 One micro-batch is scored and differentiated, which gives the bytes that a token takes; 0.9 of what
 is free is divided by them. Activations grow with the tokens and hardly anything else does, so one
-measurement is enough, and what it misses the 0.9 and `Run`'s halving on out-of-memory are for.
+measurement is enough, and what it misses the 0.9 and `Budget.lower` are for.
 
 Gradient checkpointing costs a third more work and is only turned on when not even the longest pair
 fits without: then on as few layers as will do, and last the head's tile is made smaller.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,20 +26,47 @@ from dpo.show.evaluate import pair_logps
 from dpo.show.plan import choose_base
 
 PROBE_TOKENS = 2048  # enough for the bytes that do not depend on the tokens to count for little
+STEPS_TO_RECOVER = 50  # a try that fails costs a micro-batch or two
 
 
-class Budget(NamedTuple):
+@dataclass
+class Budget:
     """How a step is cut, and at what price.
 
     Attributes:
-        tokens: of a micro-batch at most, the same on every rank.
+        tokens: of a micro-batch at most; the same on every rank until memory runs out on one.
         saving: what was given up for memory.
         reason: what was found, in words.
+        full: `tokens` as they were at first.
+        lowered_at: the step at which memory ran out last, or at which they grew again.
     """
 
     tokens: int
     saving: Saving
     reason: str
+    full: int
+    lowered_at: int = 0
+
+    def lower(self, step: int, largest: int) -> None:
+        """Half of the tokens of a micro-batch that did not fit, from this step on."""
+        self.tokens, self.lowered_at = largest // 2, step
+
+    def recover(self, step: int) -> bool:
+        """Twice the tokens again, up to `full`, when memory has been enough for a while."""
+        is_due = self.tokens < self.full and step - self.lowered_at >= STEPS_TO_RECOVER
+        if is_due:
+            self.tokens, self.lowered_at = min(self.full, 2 * self.tokens), step
+        return is_due
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: `token_budget` goes on from it."""
+        return {
+            "tokens_per_microbatch": self.tokens,
+            "full_tokens_per_microbatch": self.full,
+            "lowered_at": self.lowered_at,
+            "saving": self.saving,
+        }
 
 
 def token_budget(run: Any, state: dict[str, Any]) -> Budget:
@@ -50,13 +78,18 @@ def token_budget(run: Any, state: dict[str, Any]) -> Budget:
     """
     given, device = run.config.train.tokens_per_microbatch, run.accelerator.device
     as_configured = Saving(int(run.config.train.gradient_checkpointing))
+    tokens = state.get("tokens_per_microbatch", 0)
+    full, lowered_at = state.get("full_tokens_per_microbatch", tokens), state.get("lowered_at", 0)
     if given != "auto":
-        return Budget(given, as_configured, f"{given} tokens a micro-batch, as configured")
+        reason = f"{given} tokens a micro-batch, as configured"
+        if given != full:
+            tokens, lowered_at = given, 0
+        return Budget(tokens, as_configured, reason, given, lowered_at)
     if state:
         saving = Saving(*state.get("saving", as_configured))
         save_memory(run, saving)
-        tokens = state["tokens_per_microbatch"]
-        return Budget(tokens, saving, f"{tokens} tokens a micro-batch, {saving}, as before")
+        reason = f"{tokens} tokens a micro-batch, {saving}, as before"
+        return Budget(tokens, saving, reason, full, lowered_at)
     stream = build_stream(probe_pairs(run)).to(device)
     is_absent = isinstance(run.live_reference, Absent)
     reference = run.reference if is_absent else run.live_reference
@@ -166,7 +199,7 @@ def auto_budget(
                 f"{tokens} tokens a micro-batch, {saving}: a token takes {per_token / 1024:.4g} "
                 f"KiB, {free / 2**30:.3g} GiB are free"
             )
-            return Budget(tokens, saving, reason)
+            return Budget(tokens, saving, reason, full=tokens)
     raise UserError(
         f"train.tokens_per_microbatch: got auto, but the longest pair has {longest} tokens and "
         f"{tokens} fit, with gradient checkpointing. Lower data.max_length, or take "

@@ -27,7 +27,7 @@ def header(run: Any) -> str:
         )
         + f"; layout: {run.layout}"
         + (f" ({run.layout_reason})" if run.layout_reason else ""),
-        f"memory: {run.budget_reason}",
+        f"memory: {run.budget.reason}",
         f"reference cache: {run.cached.store.folder if run.cached else 'off'}",
         *run.data.summary,
         f"pairs: {len(run.data.train)} to train on, {len(run.data.held_out)} held out; "
@@ -36,6 +36,22 @@ def header(run: Any) -> str:
         *_remarks(run),
     ]
     return "\n".join(lines)
+
+
+def _on_a_gpu(run: Any) -> list[str]:
+    """What costs time or bits there, and how not to pay it."""
+    optim, remarks = run.config.optim, []
+    if run.config.train.deterministic:
+        remarks.append("deterministic: every sum has one order, so the run repeats bit for bit")
+    else:
+        remarks.append("the run repeats up to rounding; bit for bit with train.deterministic true")
+    if optim.name != "adamw":
+        waits = sum(p.requires_grad for p in run.policy.model.parameters())
+        remarks.append(
+            f"{optim.name} waits for the device {waits} times a step, once a trained tensor; adamw "
+            "does not, where its 8 bytes a trained weight fit"
+        )
+    return remarks
 
 
 def _remarks(run: Any) -> list[str]:
@@ -52,6 +68,8 @@ def _remarks(run: Any) -> list[str]:
         remarks.append("nothing is held out: no evaluation")
     if config.optim.name.startswith("paged") and run.accelerator.device.type == "cpu":
         remarks.append(f"{config.optim.name} runs unpaged on a CPU")
+    if run.accelerator.device.type == "cuda":
+        remarks += _on_a_gpu(run)
     if config.model.quantization == "int8":
         remarks.append("int8 layers compute in float16, whatever model.dtype is")
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 def build_accelerator(config: Config, trackers: list[str]) -> Accelerator:
     """Accelerate for devices, processes and trackers alone; model.dtype decides the precision."""
+    prepare_torch(config)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",
@@ -29,6 +30,17 @@ def build_accelerator(config: Config, trackers: list[str]) -> Accelerator:
             "launch with `accelerate launch --multi_gpu --num_processes N` or torchrun."
         )
     return accelerator
+
+
+def prepare_torch(config: Config) -> None:
+    """What PyTorch must know before CUDA starts; what the user has set stays."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        # Micro-batches are of ever other sizes: blocks that cannot grow would leave gaps.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def on_main(accelerator: Accelerator, do: Callable[[], T]) -> T:

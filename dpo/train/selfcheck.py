@@ -1,7 +1,8 @@
 """Before the first update the policy is its own reference: the run starts on that, or not at all.
 
-Rewards are then 0 and the sigmoid loss is ln 2, exactly; both layouts give the same log-probs. A
-run for which this does not hold would train, and nobody would see that it trains something else.
+Rewards are then 0 and the sigmoid loss is ln 2, exactly; both layouts give the same log-probs, and
+compiled layers the gradients of plain ones. A run for which this does not hold would train, and
+nobody would see that it trains something else.
 """
 
 from typing import Any
@@ -40,6 +41,8 @@ def check_start(run: Any) -> None:
         if run.layout == "shared":
             padded = Scorer(run.policy.model, attention="padded")(stream)
             _check_layouts(policy, padded, allowed=0.05 if is_rounded(run) else 1e-4)
+    if run.config.model.compile:
+        _check_compiled(run, stream)
     run.scorer.train()
 
 
@@ -79,6 +82,35 @@ def _check_reference(difference: Tensor, *, allowed: float, is_cached: bool) -> 
             f"log-prob of a token differs by {difference:.3g} nats, wanted at most {allowed}. "
             "Training would pull towards another model."
             + (" The reference comes from a cache: try reference.cache off." if is_cached else "")
+        )
+
+
+def _check_compiled(run: Any, stream: Stream) -> None:
+    """Some compilers return wrong gradients of right values: torch 2.11 did, in fp32.
+
+    The first weights are enough: their gradient comes through all layers.
+    """
+    weights = [p for p in run.policy.model.parameters() if p.requires_grad][:8]
+
+    def gradient() -> list[Tensor]:
+        with run.accelerator.no_sync(run.scorer):
+            grads = torch.autograd.grad(run.scorer(stream).sum(), weights, allow_unused=True)
+        return [grad.float() for grad in grads if grad is not None]
+
+    compiled = gradient()
+    with torch.compiler.set_stance("force_eager"):
+        plain = gradient()
+    squares = [
+        ((ours - theirs).square().sum(), theirs.square().sum())
+        for ours, theirs in zip(compiled, plain, strict=True)
+    ]
+    wrong, whole = (sum(column) for column in zip(*squares, strict=True))
+    difference, allowed = float(wrong / whole) ** 0.5, 0.2 if is_rounded(run) else 1e-3
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"self-check: the gradient of compiled layers differs by {difference:.3g} of its norm "
+            f"from that of plain ones, wanted at most {allowed}. Set model.compile to false, or "
+            "install a newer torch."
         )
 
 

@@ -141,7 +141,7 @@ class Run:
         state = checkpoints.resume(self, resume_from) if resume_from else {}
         self.start_step: int = state.get("step", 0)
         self.best: float | None = state.get("best")
-        self.budget, self.saving, self.budget_reason = token_budget(self, state)
+        self.budget = token_budget(self, state)
         # Only now, when nothing can be wrong with the configuration any more, is anything written.
         has_reference = self.reference_mode != "zero"
         watch = Watch(config.loss.beta if has_reference else None)
@@ -176,12 +176,16 @@ class Run:
     ) -> list[MicroBatch]:
         """Sums the gradient of this rank's pairs, over smaller micro-batches where memory runs out.
 
-        The smallest micro-batch comes last: under DDP its backward reduces the gradient over ranks,
+        What ran out may only have been in pieces: the first time the same is tried once more. The
+        smallest micro-batch comes last: under DDP its backward reduces the gradient over ranks,
         which cannot be begun again.
         """
         num_tokens = [pair.num_stream_tokens for pair in pairs]
+        if self.budget.recover(step):
+            self.tracker.say(f"memory: {self.budget.tokens} tokens a micro-batch again")
+        was_tried = False
         while True:
-            bins = micro_batches(num_tokens, self.budget)
+            bins = micro_batches(num_tokens, self.budget.tokens)
             bins.sort(key=lambda positions: -sum(num_tokens[i] for i in positions))
             seen: list[MicroBatch] = []
             try:
@@ -197,11 +201,16 @@ class Run:
             except torch.OutOfMemoryError:
                 pass  # left at once, and with it all that its traceback keeps alive
             is_reducing = self.accelerator.num_processes > 1 and len(seen) == len(bins) - 1
-            self._halve_budget([[num_tokens[i] for i in b] for b in bins], is_reducing=is_reducing)
+            if was_tried or is_reducing:
+                tokens = [[num_tokens[i] for i in b] for b in bins]
+                self._lower_budget(step, tokens, is_reducing=is_reducing)
+            else:
+                self.tracker.say("out of memory: the step is begun again")
+            was_tried = True
             self.optimizer.zero_grad()
             torch.cuda.empty_cache()
 
-    def _halve_budget(self, bins: list[list[int]], *, is_reducing: bool) -> None:
+    def _lower_budget(self, step: int, bins: list[list[int]], *, is_reducing: bool) -> None:
         """After running out of memory, smaller micro-batches; `bins`: tokens of the pairs in each.
 
         Raises:
@@ -214,8 +223,8 @@ class Run:
                 f"has {sum(bins[0])} tokens. Set it lower, set train.gradient_checkpointing to "
                 "true, lower data.max_length, or quantise the model."
             )
-        self.budget = sum(bins[0]) // 2
-        self.tracker.say(f"out of memory: from here on {self.budget} tokens a micro-batch")
+        self.budget.lower(step, largest=sum(bins[0]))
+        self.tracker.say(f"out of memory: from here on {self.budget.tokens} tokens a micro-batch")
 
     def _backward(self, stream: Stream, pairs_in_step: int) -> tuple[Tensor, Tensor]:
         """Adds the gradient of one micro-batch; returns its losses and metrics, by pair."""
@@ -279,8 +288,7 @@ class Run:
         self.share_reference()  # so that a resumed run finds what this one will find
         state = {
             "pairs_per_step": self.pairs_per_step,
-            "tokens_per_microbatch": self.budget,
-            "saving": self.saving,
+            **self.budget.state,
             "data": self.data.train.digest,
             "weights": self.weights_digest,
             "sums": self.means.state(self._sum_over_ranks),

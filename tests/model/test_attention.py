@@ -102,11 +102,7 @@ def test_the_kernel_is_not_asked_on_a_cpu():
     assert not serves_varlen(half, half)
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
-
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.parametrize("window", [None, 7], ids=["", "window"])
 def test_the_kernel_of_the_gpu_equals_sdpa_in_values_and_gradients(window):
     """Queries fewer than keys, grouped heads; against fp32 on the same rounded numbers."""
@@ -132,7 +128,6 @@ def test_the_kernel_of_the_gpu_equals_sdpa_in_values_and_gradients(window):
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_repeated_rows_have_the_same_gradient_every_time():
     """That of index_select is summed in any order."""
     stream = build_stream([([3] * 500, [5] * 300, [6] * 300)] * 4)

@@ -158,10 +158,26 @@ def test_the_gradient_check_fails_where_dropout_is_drawn_anew(monkeypatch):
     model = with_lora(tiny(), dropout=0.3).train()
     lean = made_lean(model)
     monkeypatch.setattr(
-        kernels, "_mask_again", lambda like, rate, state: F.dropout(torch.ones_like(like), rate)
+        kernels, "_dropout_again", lambda h, rate, state: torch.native_dropout(h, rate, True)
     )
     with pytest.raises(AssertionError):
         assert_same(*score_both(model, lean))
+
+
+def test_dropouts_gradient_is_not_scaled_by_a_rounded_rate():
+    """1 / 0.95 in bfloat16 is 1.0547, 0.2 % too much: a mask of that type would carry it."""
+    layer = nn.Linear(4096, 1, bias=False, dtype=torch.bfloat16)
+    nn.init.zeros_(layer.weight)
+    x = torch.zeros(64, 4096, dtype=torch.bfloat16, requires_grad=True)
+    a, b = torch.randn(1, 4096), torch.ones(1, 1)
+    out = _Linear.apply(x, None, layer.weight, None, a, b, _Call(layer, None, 1.0, 0.05))
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    kept, exact = grad != 0, a.bfloat16().double().expand_as(grad) / 0.95
+    assert 0.94 < kept.double().mean() < 0.96
+    ratio = grad[kept].double().abs().sum() / exact[kept].abs().sum()
+    assert abs(ratio - 1) < 3e-4
+    rounded = (a.bfloat16() * torch.tensor(1 / 0.95).bfloat16()).double().expand_as(grad)
+    assert rounded[kept].abs().sum() / exact[kept].abs().sum() > 1.0015  # so the bound can fail
 
 
 def test_the_generator_is_left_as_dropout_in_the_forward_left_it():

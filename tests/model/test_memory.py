@@ -83,7 +83,6 @@ def test_the_own_control_group_and_those_around_it_are_found(monkeypatch, tmp_pa
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_allocator_counts_on_a_gpu():
     device = torch.device("cuda")
     made = []

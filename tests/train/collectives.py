@@ -17,7 +17,7 @@ if __name__ == "__main__":
     for step in (1, 3):  # DDP lays out its buckets anew in the beginning
         made.train_step(step)
     for budget in (8192, 60):
-        made.budget = budget
+        made.budget.tokens = budget
         backward, sizes = made._backward, []
 
         def noted(stream, pairs_in_step, backward=backward, sizes=sizes):

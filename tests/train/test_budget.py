@@ -11,7 +11,7 @@ from dpo.config import UserError
 from dpo.data.stream import TokenizedPair
 from dpo.model.load import checkpoint_layers
 from dpo.model.memory import MOST_TOKENS, SAVINGS, peak_bytes
-from dpo.train.budget import auto_budget, probe_pairs
+from dpo.train.budget import auto_budget, probe_pairs, token_budget
 from dpo.train.trainer import Run
 from tests.models import tiny, with_lora
 from tests.train.runs import config, forget_accelerate, run, step_gradients, training
@@ -45,10 +45,10 @@ def test_what_is_free_decides_and_the_gradient_stays_the_same(tmp_path, monkeypa
     one = started(config(tmp_path, *AUTO, "--train.output_dir", tmp_path / "one"))
     assert one.data.train.longest == max(pair.num_stream_tokens for pair in one.data.train)
     sizes = [one.data.train[i].num_stream_tokens for i in one.indices(1)]
-    assert max(sizes) <= one.budget < sum(sizes)
+    assert max(sizes) <= one.budget.tokens < sum(sizes)
     equal_gradients(step_gradients(config(tmp_path, *AUTO)), whole)
     assert (
-        f"memory: {one.budget} tokens a micro-batch, no layer checkpointed: a token takes"
+        f"memory: {one.budget.tokens} tokens a micro-batch, no layer checkpointed: a token takes"
         in (tmp_path / "one" / "header.txt").read_text()
     )
 
@@ -60,7 +60,7 @@ def test_a_full_micro_batch_takes_about_nine_tenths_of_what_was_free(tmp_path, m
     one = started(config(tmp_path, *AUTO, rows=200))
     pairs = iter(one.data.train)
     chosen = [next(pairs)]
-    while sum(pair.num_stream_tokens for pair in chosen) < one.budget:
+    while sum(pair.num_stream_tokens for pair in chosen) < one.budget.tokens:
         chosen.append(next(pairs))
     peak = peak_bytes(CPU, lambda: one._gradient(1, chosen[:-1], pairs_in_step=16))
     assert 0.7 * 40e6 < peak < 0.9 * 40e6
@@ -68,7 +68,7 @@ def test_a_full_micro_batch_takes_about_nine_tenths_of_what_was_free(tmp_path, m
 
 def test_with_memory_for_everything_it_stays_below_the_most(tmp_path, monkeypatch):
     with_free(monkeypatch, 1e15)
-    assert started(config(tmp_path, *AUTO)).budget == MOST_TOKENS["cpu"]
+    assert started(config(tmp_path, *AUTO)).budget.tokens == MOST_TOKENS["cpu"]
 
 
 def test_a_resumed_run_cuts_its_steps_as_before_whatever_is_free_then(tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ def test_a_resumed_run_saves_memory_as_before(tmp_path, monkeypatch):
     shutil.rmtree(straight / "checkpoint-4")
     resumed = started(config(tmp_path, *flags))
     assert resumed.start_step == 2
-    assert resumed.saving == least
+    assert resumed.budget.saving == least
     assert num_checkpointed(resumed.policy.model) == 4
     assert resumed.scorer.tile_bytes == least.tile_bytes < SAVINGS[0].tile_bytes
     assert training(run(config(tmp_path, *flags))) == expected
@@ -202,7 +202,8 @@ def test_checkpoints_are_set_only_where_the_longest_pair_does_not_fit(monkeypatc
         reserved = sum(p.numel() * 8 for p in model.parameters() if p.requires_grad)
         per_token = peak_bytes(CPU, work_of(model)) / 12
         free = reserved + 1000 * per_token / 0.9
-        tokens, saving, _ = found(model, monkeypatch, free=share * free * 1.01, longest=950)
+        budget = found(model, monkeypatch, free=share * free * 1.01, longest=950)
+        tokens, saving = budget.tokens, budget.saving
         sizes.append(tokens)
         checkpointed.append(num_checkpointed(model))
         assert (saving != SAVINGS[0]) == (num_checkpointed(model) > 0)
@@ -239,17 +240,21 @@ def test_the_probe_takes_pairs_up_to_its_size_and_never_none():
 # ------------------------------------------------------------------------------------ out of memory
 
 
-def out_of_memory_above(monkeypatch, most, *, first_step=1):
-    """Every micro-batch of more tokens fails in its backward, half of its gradient written."""
-    backward = Run._backward
+def out_of_memory_above(monkeypatch, most, *, times=10**9):
+    """Micro-batches of more tokens fail in their backward, so many times, half of their gradient
+    written. Returns the sizes of those that went through."""
+    backward, failures, sizes = Run._backward, [], []
 
     def fail(self, stream, pairs_in_step):
         done = backward(self, stream, pairs_in_step)
-        if len(stream.input_ids) > most:
+        if len(stream.input_ids) > most and len(failures) < times:
+            failures.append(1)
             raise torch.OutOfMemoryError("CUDA out of memory. (a test's)")
+        sizes.append(len(stream.input_ids))
         return done
 
     monkeypatch.setattr(Run, "_backward", fail)
+    return sizes
 
 
 def test_out_of_memory_halves_the_budget_and_loses_neither_step_nor_pair(
@@ -271,6 +276,52 @@ def test_a_trained_run_that_ran_out_of_memory_is_the_run_that_did_not(tmp_path, 
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
+def test_memory_that_was_only_in_pieces_costs_no_budget(tmp_path, monkeypatch, capsys):
+    """The first failure of a step may be fragmentation: the cache is emptied, the same tried."""
+    whole = step_gradients(config(tmp_path, "--train.output_dir", tmp_path / "whole"))
+    sizes = out_of_memory_above(monkeypatch, 250, times=1)
+    equal_gradients(step_gradients(config(tmp_path)), whole)
+    assert len(sizes) == 2  # one micro-batch a step, as before
+    said = capsys.readouterr().err
+    assert said.count("out of memory: the step is begun again") == 1
+    assert "from here on" not in said
+
+
+def test_the_budget_grows_back_when_memory_has_been_enough_for_a_while(
+    tmp_path, monkeypatch, capsys
+):
+    """Memory is short in the first step alone; of two cuts one is undone after two steps each."""
+    monkeypatch.setattr("dpo.train.budget.STEPS_TO_RECOVER", 2)
+    flags = ["--train.max_steps", 6, "--lora.dropout", 0.1, "--train.save_steps", 2]
+    flags += ["--train.tokens_per_microbatch", 500]
+    sizes = out_of_memory_above(monkeypatch, 150, times=3)  # a retry, and two halvings
+    straight = run(config(tmp_path, *flags))
+    assert sizes[-1] > 2 * sizes[0]
+    said = capsys.readouterr().err
+    assert said.count("from here on") == said.count("tokens a micro-batch again") == 2
+
+    # What grows is a function of the step and the checkpoint: a resumed run grows alike.
+    resume = ["--train.resume", straight / "checkpoint-2", "--train.output_dir", tmp_path / "again"]
+    resumed = run(config(tmp_path, *flags, *resume))
+    assert training(resumed) == training(straight)
+    assert capsys.readouterr().err.count("tokens a micro-batch again") == 2
+    ours, theirs = ((f / "final" / "adapter_model.safetensors") for f in (resumed, straight))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize("given", ["auto", 500])
+def test_a_lowered_budget_is_resumed_unless_another_was_asked_for(tmp_path, given):
+    state = {"tokens_per_microbatch": 125, "full_tokens_per_microbatch": 500, "lowered_at": 7}
+    made = started(config(tmp_path, "--train.tokens_per_microbatch", given))
+    found = token_budget(made, state)
+    assert (found.tokens, found.full, found.lowered_at) == (125, 500, 7)
+    made = started(
+        config(tmp_path, "--train.tokens_per_microbatch", 300, "--train.resume", "never")
+    )
+    found = token_budget(made, state)
+    assert (found.tokens, found.full, found.lowered_at) == (300, 300, 0)
+
+
 def test_without_starting_the_step_again_its_gradient_would_be_counted_twice(tmp_path, monkeypatch):
     """The negative control: it is zero_grad that makes the retried step right."""
     whole = step_gradients(config(tmp_path, "--train.output_dir", tmp_path / "whole"), steps=(1,))
@@ -284,7 +335,7 @@ def test_without_starting_the_step_again_its_gradient_would_be_counted_twice(tmp
 
     def only_after_the_step(self):
         calls.append(1)
-        if len(calls) > 2:
+        if len(calls) > 3:  # the step again, and two halvings
             zero_grad(self)
 
     monkeypatch.setattr(AcceleratedOptimizer, "zero_grad", only_after_the_step)
@@ -301,9 +352,9 @@ def test_one_pair_that_does_not_fit_ends_the_run_with_what_to_do(tmp_path, monke
 def test_while_ranks_reduce_a_gradient_a_step_cannot_be_begun_again(tmp_path):
     made = started(config(tmp_path))
     with pytest.raises(UserError, match="while ranks were reducing a gradient; the largest has 90"):
-        made._halve_budget([[50, 40], [60, 20]], is_reducing=True)
-    made._halve_budget([[50, 40], [60, 20]], is_reducing=False)
-    assert made.budget == 45
+        made._lower_budget(1, [[50, 40], [60, 20]], is_reducing=True)
+    made._lower_budget(1, [[50, 40], [60, 20]], is_reducing=False)
+    assert made.budget.tokens == 45
 
 
 def test_the_largest_micro_batch_comes_first_and_the_smallest_last(tmp_path, monkeypatch):
@@ -322,7 +373,6 @@ def test_the_largest_micro_batch_comes_first_and_the_smallest_last(tmp_path, mon
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_gpu_that_really_runs_out_of_memory_goes_on(tmp_path, capsys):
     """A budget far too large for the share of the memory that the process may use."""
     total = torch.cuda.get_device_properties(0).total_memory

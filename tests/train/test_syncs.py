@@ -161,7 +161,6 @@ def test_a_step_of_many_micro_batches_has_the_collectives_of_a_step_of_one(tmp_p
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("cache", ["off", "auto"])
 def test_the_gpu_says_so_too(tmp_path, cache):
     """torch raises where the host waits; half of a step's micro-batches under its eyes."""
