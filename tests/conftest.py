@@ -16,6 +16,13 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a GPU")
 
 
+@pytest.fixture
+def as_if_cuda(monkeypatch):
+    """Tensors of the CPU that say they are a GPU's: the branches for it, with numbers."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

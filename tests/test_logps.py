@@ -325,6 +325,41 @@ def test_half_precision_inputs_lose_nothing_on_a_gpu(dtype):
     assert (ours.double() - truth).abs().max() < 1e-4
 
 
+# ------------------------------------------------------------------------------------ sequences
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators that ran inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_on_a_gpu_sums_do_not_go_through_index_add(as_if_cuda):
+    """Which adds there in any order: two equal rows of log-probs would have two sums."""
+    logps, ids = -torch.rand(600), torch.arange(6).repeat_interleave(100)
+    with Operators() as ran:
+        sums = sequence_logps(logps, ids, 7)
+    assert ran.names & {"index_add", "index_put", "index_put_"} == {"index_put"}
+    torch.testing.assert_close(sums[:6], logps.view(6, 100).sum(1), rtol=1e-6, atol=0)
+    assert sums[6] == 0
+
+
+@pytest.mark.gpu
+def test_the_same_log_probs_have_the_same_sum_every_time():
+    """Else the loss at step 0 is not ln 2, and a tie between policy and reference is none."""
+    logps = -3 * torch.rand(12000, device="cuda")
+    ids = torch.arange(60, device="cuda").repeat_interleave(200)
+    first = sequence_logps(logps, ids, 60)
+    assert all(torch.equal(sequence_logps(logps, ids, 60), first) for _ in range(20))
+    torch.testing.assert_close(first, logps.view(60, 200).sum(1), rtol=1e-5, atol=0)
+
+
 # ----------------------------------------------------------------------------------------- edges
 
 

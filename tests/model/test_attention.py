@@ -64,8 +64,113 @@ def test_where_the_kernel_takes_no_grouped_heads_keys_are_repeated(monkeypatch):
     monkeypatch.setattr(attention, "serves_varlen", lambda query, value: True)
     monkeypatch.setattr(attention, "varlen_attn", without_groups)
     monkeypatch.setattr(attention, "_VARLEN_GROUPS", False)
+    monkeypatch.setattr(attention, "takes_grouped_heads", lambda device: False)
     model = with_lora(tiny()).train()
     assert_same(model, Scorer(model)(build_stream(PAIRS)), stream_logps(model, PAIRS))
+
+
+def grouped_without_saying(q, k, v, *where, window_size):
+    """The kernel of torch 2.11: grouped heads are taken, and no argument names them."""
+    is_grouped = q.shape[1] != k.shape[1]
+    return plain_varlen(
+        q, k, v, *where, scale=q.shape[-1] ** -0.5, window_size=window_size, enable_gqa=is_grouped
+    )
+
+
+def refuses_groups(q, k, v, *where, window_size):
+    if q.shape[1] != k.shape[1]:
+        raise RuntimeError("Expect query and key/value to have the same number of heads")
+    return grouped_without_saying(q, k, v, *where, window_size=window_size)
+
+
+def mixes_groups_up(q, k, v, *where, window_size):
+    """As if query head i belonged to key head i modulo their number."""
+    repeated = (torch.cat([t] * (q.shape[1] // t.shape[1]), dim=1) for t in (k, v))
+    return grouped_without_saying(q, *repeated, *where, window_size=window_size)
+
+
+def loses_a_gradient(q, k, v, *where, window_size):
+    """Of the second half of the groups: what a backward that knows no groups would do."""
+    if q.shape[1] != k.shape[1]:
+        v = torch.cat([v[:, :1], v[:, 1:].detach()], dim=1)
+    return grouped_without_saying(q, k, v, *where, window_size=window_size)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "taken"),
+    [
+        (grouped_without_saying, True),
+        (refuses_groups, False),
+        (mixes_groups_up, False),
+        (loses_a_gradient, False),
+    ],
+)
+def test_grouped_heads_are_tried_where_the_signature_does_not_name_them(monkeypatch, kernel, taken):
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "_VARLEN_GROUPS", False)
+    with torch.no_grad():  # as it may be asked
+        assert attention.takes_grouped_heads.__wrapped__(torch.device("cpu")) == taken
+
+
+@pytest.mark.gpu
+def test_the_kernel_of_this_gpu_takes_grouped_heads():
+    assert attention.takes_grouped_heads(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "width", "grouped"),
+    [
+        (torch.bfloat16, (8, 0), 64, True),
+        (torch.bfloat16, (7, 5), 64, False),
+        (torch.float32, (9, 0), 64, False),
+        (torch.bfloat16, (9, 0), 100, False),
+    ],
+)
+def test_a_call_a_segment_never_needs_all_scores(
+    monkeypatch, as_if_cuda, dtype, capability, width, grouped
+):
+    """Flash attention takes grouped heads in half precision from sm80 on, mem-efficient attention
+    none; what neither takes would fall to the math kernel, which keeps (heads, n, n) scores."""
+    calls, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(q, k, v, *, attn_mask, enable_gqa, **how):
+        calls.append((attn_mask is None, k.shape[1] == 2, enable_gqa))
+        return sdpa(q, k, v, attn_mask=attn_mask, enable_gqa=enable_gqa, **how)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    stream = build_stream(PAIRS[:1])
+    states = [torch.randn(1, h, len(stream.input_ids), width, dtype=dtype) for h in (4, 2, 2)]
+    layout = Layout(stream.segments, torch.device("cpu"))
+    attention._by_segment(*states, layout, 0.1, None, 0.0)
+    assert calls == [(True, grouped, grouped), (False, False, False)]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral sliding", "gemma"])
+def test_in_fp32_a_gpus_branches_compute_one_answer_at_a_time(as_if_cuda, family):
+    model = with_lora(tiny(family)).train()
+    assert_same(model, Scorer(model)(build_stream(PAIRS)), stream_logps(model, PAIRS))
+
+
+@pytest.mark.parametrize(("width", "serves"), [(64, True), (100, False), (256, True), (264, False)])
+def test_the_kernel_is_asked_for_widths_that_it_has(as_if_cuda, width, serves):
+    """It does not pad: of a width that is no multiple of 8 (OpenLLaMA-3B: 100) its C++ raises."""
+    half = torch.zeros(1, 2, 3, width, dtype=torch.bfloat16)
+    assert serves_varlen(half, half) == serves
+
+
+def test_policy_and_reference_share_the_layout_of_a_stream(monkeypatch):
+    """Its indices are built and copied once a micro-batch; another stream has its own."""
+    made, init = [], Layout.__init__
+    monkeypatch.setattr(Layout, "__init__", lambda self, *args: made.append(1) or init(self, *args))
+    scorer, (one, other) = Scorer(tiny()), (build_stream([pair]) for pair in PAIRS[:2])
+    made.clear()
+    expected = scorer(one)
+    assert torch.equal(scorer(one), expected)
+    assert len(made) == 1
+    scorer(other)
+    assert torch.equal(scorer(one), expected)
+    assert len(made) == 3
 
 
 def test_the_joined_segments_of_two_pairs():

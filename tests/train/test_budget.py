@@ -293,7 +293,7 @@ def test_the_budget_grows_back_when_memory_has_been_enough_for_a_while(
     """Memory is short in the first step alone; of two cuts one is undone after two steps each."""
     monkeypatch.setattr("dpo.train.budget.STEPS_TO_RECOVER", 2)
     flags = ["--train.max_steps", 6, "--lora.dropout", 0.1, "--train.save_steps", 2]
-    flags += ["--train.tokens_per_microbatch", 500]
+    flags += ["--train.tokens_per_microbatch", 500, "--train.save_total_limit", 9]
     sizes = out_of_memory_above(monkeypatch, 150, times=3)  # a retry, and two halvings
     straight = run(config(tmp_path, *flags))
     assert sizes[-1] > 2 * sizes[0]
