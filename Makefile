@@ -9,7 +9,7 @@ LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dyna
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: train article test test-browser check clean
+.PHONY: train article test test-oldest test-browser check clean
 
 train: .venv/installed
 	$(BIN)/accelerate launch $(LAUNCH) scripts/train.py
@@ -26,6 +26,13 @@ article: .venv/installed-dev
 # All tests but those that need a GPU (they are skipped without one).
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# The quick tests, and the compiler's, on the lower bounds of setup.cfg; the rest as pinned. Where no
+# CPU build of that torch is found, pip takes one for CUDA: 3 GB.
+OLDEST := .venv-oldest
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest -n auto --dist loadfile -m "not slow and not distributed and not browser"
+	$(OLDEST)/bin/python -m pytest tests/model/test_compile.py
 
 # The report in Debian's Chromium, which is installed if it is not there: here its absence is a failure.
 test-browser: .venv/installed-dev
@@ -46,5 +53,12 @@ check: .venv/installed-dev
 	$(PIP) -e '.[dev,eval]'
 	touch $@
 
+$(OLDEST)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	sed -nE 's/^ +([a-z_]+)(\[[a-z]+\])?>=/\1==/p' setup.cfg > $(OLDEST)/lowest.txt
+	awk -F== 'FNR == NR {print; seen[$$1]; next} !($$1 in seen)' $(OLDEST)/lowest.txt constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev,eval]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv $(OLDEST) build dist *.egg-info

@@ -1,5 +1,8 @@
 """The benchmarks in small, without TRL: they run, and the things that they compare are the same."""
 
+import dataclasses
+import json
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dpo.data.stream import build_stream
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -142,65 +148,125 @@ def measured(head, run, *args):
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_in_small_on_a_cpu(tmp_path):
-    """Every section prints its rows and none failed; in a process that checks no shapes, as it is
-    run: one of its rows is compiled."""
-    output = tmp_path / "gpu.md"
-    command = [sys.executable, "-W", "ignore", "gpu.py", "--self_test", "--output", str(output)]
-    process = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    report = output.read_text()
-    assert "FAILED" not in report
-    assert "not measured" not in report
-    assert "a CPU (self-test: no measurement)" in report
-    for row in (
-        "attention in bfloat16, dk",
-        "shared against padded rows",
-        "policy against its reference, one micro-batch: nats a token, mean (worst) | 0.0e+00",
-        "kept by lean layers",
-        "micro-batches of 128 tokens",
-        "a step of 128 tokens: GEMM",
-        "recipe, ours, reference cached",
-        "NF4, dequantised in every pass",
-        "compiled regions",
-    ):
-        assert row in report
+    """Its sections and two sides of the recipe: each row that is measured is one that was
+    predicted, and none failed."""
+    steps = "rounding|where time|variants|^ours$|deterministic"
+    command = ["bash", str(FOLDER / "gpu" / "run.sh"), "--small", "500", steps]
+    where = {"OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work"), "PYTHON": sys.executable}
+    process = subprocess.run(command, env=os.environ | where, capture_output=True, text=True)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert process.returncode == 0, log[-3000:]
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert summary.count(": rc 0 after") == 5
+    assert "end: 0 steps failed" in summary
+    report = (tmp_path / "out" / "gpu.md").read_text()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines()]
+    rows = {row[0]: row[1:] for row in cells if len(row) == 4}
+    measured = {what: values for what, values in rows.items() if values[2]}
+    assert all(all(values) for values in measured.values()), measured
+    missing = {what for what in rows if what not in measured}
+    assert {what.split(":")[0].removeprefix("recipe, ") for what in missing} == {
+        *("ours, 4 bits kept", "ours, compiled", "ours, PyTorch's AdamW"),  # not asked for here
+        *("TRL, tuned by hand", "TRL, defaults", "TRL, checkpointing off", "ours against TRL"),
+    }
+    assert measured["a micro-batch again, deterministic: equal tensors"][2] == "100%"
+    same = measured["policy against its reference, one micro-batch: nats a token, mean (worst)"]
+    assert same[2] == same[0] == "0.0e+00 (0.0e+00)"
+    step = "first step's loss, grad_norm, logps/chosen"
+    assert (
+        measured[f"recipe, ours: {step}"][2] == measured[f"recipe, ours, deterministic: {step}"][2]
+    )
 
 
-def test_without_a_gpu_its_file_says_that_nothing_was_measured(tmp_path):
-    import gpu
-
+def test_without_a_gpu_nothing_is_measured_and_it_is_said(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert gpu.main(["--output", str(tmp_path / "gpu.md")]) == []
-    assert (tmp_path / "gpu.md").read_text() == "not measured\n"
+    where = {"OUT": str(tmp_path), "WORK": str(tmp_path / "work"), "PYTHON": sys.executable}
+    command = ["bash", str(FOLDER / "gpu" / "run.sh")]
+    process = subprocess.run(command, env=os.environ | where, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert "not measured: " in process.stdout
+    assert not (tmp_path / "rows.jsonl").exists()
 
 
-def test_a_section_that_fails_is_named_and_the_others_stand():
-    """The negative control of the self-test; a process that dies ends in SystemExit."""
-    import gpu
+def test_a_section_that_fails_is_named_and_the_others_stand(tmp_path, monkeypatch, capsys):
+    """The negative control: rows before the failure are written, and its traceback is printed."""
+    from gpu import sections
+    from gpu.device import SMALL, Row
 
-    rows = [("one", "1")]
-    for error in (RuntimeError("no kernel\nmore"), SystemExit("run_ours failed")):
-        with gpu.collected(rows, "attention"):
-            raise error
-    assert rows == [
+    def fails(setup):
+        yield Row("one", "1")
+        raise RuntimeError("no kernel\nmore")
+
+    monkeypatch.setattr(
+        sections, "SECTIONS", {"fails": fails, "stands": lambda setup: [Row("two", "2")]}
+    )
+    rows = tmp_path / "rows.jsonl"
+    assert sections.run_sections(["fails", "stands"], SMALL, rows) == 1
+    said = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [(row["what"], row["value"]) for row in said] == [
         ("one", "1"),
-        ("attention: FAILED", "RuntimeError: no kernel"),
-        ("attention: FAILED", "SystemExit: run_ours failed"),
+        ("fails", "FAILED: RuntimeError: no kernel"),
+        ("two", "2"),
     ]
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_kernels_are_told_apart_by_their_names():
     """As CUDA 12 and 13 name them."""
-    import gpu
+    from gpu.sections import REST, kind_of
 
-    def kind(name):
-        return next((k for k, words in gpu.KINDS.items() if any(w in name for w in words)), None)
+    assert kind_of("nvjet_tst_256x128_64x4_2x1_v_bz_coopa_tnn") == "GEMM"
+    assert kind_of("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n") == "GEMM"
+    assert (
+        kind_of("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel") == "attention"
+    )
+    assert kind_of("void at::native::vectorized_elementwise_kernel<4>") == REST
 
-    assert kind("nvjet_tst_256x128_64x4_2x1_v_bz_coopa_tnn") == "GEMM"
-    assert kind("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n") == "GEMM"
-    assert kind("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel") == "attention"
-    assert kind("void at::native::vectorized_elementwise_kernel<4>") is None
+
+def test_streams_of_every_budget_are_nearly_full():
+    """At 2,048 tokens no pair fits the last gap: a search for one that does would not end."""
+    from gpu.device import GPU, make_streams
+
+    for budget in GPU.budgets:
+        for stream in make_streams(dataclasses.replace(GPU, device=torch.device("cpu")), budget, 2):
+            assert 0.9 * budget < len(stream.input_ids) <= budget
+
+
+def test_a_prediction_is_what_the_products_and_the_bytes_take():
+    """A product of 64 x 64 is bound by its bytes, one of 4,096 by its FLOPs; a view is free."""
+    from gpu.sheet import CARDS, Cost, Roofline
+
+    card = CARDS[0]
+    balance = card.tflops * 1e12 / card.bandwidth
+    for n, flops, moved in ((64, 0, 3 * 64**2 * 2), (4096, 2 * 4096**3, 0)):
+        with FakeTensorMode(), Roofline(balance) as roofline:
+            left, right = (torch.empty(n, n, dtype=torch.bfloat16) for _ in range(2))
+            roofline.cost = Cost()
+            torch.mm(left, right.T.view(n, n))
+        assert (roofline.cost.flops, roofline.cost.bytes) == (flops, moved)
+        assert roofline.cost.kernels == 1
+    cost = Cost(flops=card.tflops * 1e12, bytes=card.bandwidth, scores=card.tflops * 1e12)
+    assert cost.seconds(card) == pytest.approx(1 + 1 + 1 / card.attention)
+    assert Cost(kernels=1000).seconds(card) == pytest.approx(1000 * card.host)
+
+
+def test_what_a_prediction_counts_is_what_the_method_asks_for():
+    """Products of a whole micro-batch, traced one by one, against the formula of the planner."""
+    from gpu.device import SMALL, make_streams
+    from gpu.sheet import Roofline, Traced, as_on_a_gpu
+
+    traced, pairs = Traced(SMALL), make_streams(SMALL, 128)[0].pairs
+    flops = []
+    for fake in traced._fakes:
+        with fake.mode, as_on_a_gpu(), Roofline(balance=0) as roofline:
+            fake._score_both(build_stream(pairs)).sum().backward()
+        flops.append(roofline.cost.flops)
+    one, two = (traced.cost(pairs, layers) for layers in (1, 2))
+    products = [c.useful - c.scores - c.scores_backward for c in (one, two)]
+    assert flops[1] - flops[0] == pytest.approx(products[1] - products[0], rel=1e-9)  # of a layer
+    assert flops[0] == pytest.approx(products[0], rel=0.03)  # the first needs no gradient of its x
+    assert traced.kept(pairs) == pytest.approx(2.3, abs=0.1)  # and what run.sh --small measures
 
 
 def test_layers_are_measured_in_small(monkeypatch, capsys):

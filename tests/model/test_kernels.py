@@ -11,7 +11,7 @@ from torch import nn
 
 from dpo.config import OptimConfig
 from dpo.data.stream import build_stream
-from dpo.model import kernels
+from dpo.model import attention, kernels
 from dpo.model.kernels import _Call, _Linear, cast_once, make_lean, rms_norm
 from dpo.model.load import Policy, load_policy
 from dpo.model.reference import adapter_off
@@ -356,6 +356,15 @@ def test_the_gate_a_layer_of_mistral_7b_keeps_at_most_125_kib_a_token(kept_by):
     """
     assert 108 < kept_by(lean=True) <= 125
     assert kept_by(lean=False, autocast=True) > 200  # so the gate can fail
+
+
+@pytest.mark.parametrize(("are_grouped", "kib"), [(True, 126.4), (False, 142.9)])
+def test_on_a_gpu_a_layer_keeps_the_shared_keys_twice(
+    kept_by, as_if_cuda, monkeypatch, are_grouped, kib
+):
+    """One call for all segments. Were keys and values repeated to all heads, another 16.5 KiB."""
+    monkeypatch.setattr(attention, "takes_grouped_heads", lambda device: are_grouped)
+    assert kept_by(lean=True, dropout=0.05) == pytest.approx(kib, abs=0.1)
 
 
 def test_dropout_keeps_nothing_more(kept_by):
