@@ -190,7 +190,7 @@ class Race:
 
     def __init__(self, connection: Any, counts_flops: bool):
         self._connection, self._counts_flops = connection, counts_flops
-        self._counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+        self._counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
         self._clocks: list[tuple[float, float]] = []
         self._adapter, self._tokens = "", 0
 
@@ -295,7 +295,7 @@ def _attention_flops(query: Any, key: Any, is_causal: bool, products: int) -> in
 # What FlopCounterMode does not know. The CPU's attention leaves out what is_causal hides, half of
 # it, and computes what a mask hides. Forward: 2 products, backward: 5.
 _ATEN: Any = torch.ops.aten
-_FORMULAS = {
+FORMULAS = {
     _ATEN.addmm_: lambda total, left, right, **_: 2 * left[0] * left[1] * right[1],
     _ATEN._scaled_dot_product_flash_attention_for_cpu: (
         lambda q, k, v, dropout=0.0, is_causal=False, *_, **__: _attention_flops(q, k, is_causal, 2)

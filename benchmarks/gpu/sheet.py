@@ -25,7 +25,7 @@ from gpu.recipe import FOUND, TRL, task_of
 from gpu.sections import KINDS, REST
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from dpo.config import Config
 from dpo.data.stream import TokenizedPair, build_stream
@@ -62,6 +62,7 @@ CARDS = (Card("H100", 3.35e12), Card("H200", 4.8e12))
 WAIT = 30e-6  # of the host for the device, after each tensor that bitsandbytes steps
 FUSED = 0.5  # share of the element-wise bytes that is left where layers are compiled
 DETERMINISTIC = 1.5  # times as long attention's backward takes in one order
+FORMULAS = flop_registry | {op: shape_wrapper(own) for op, own in common.FORMULAS.items()}
 NF4_BYTES = 0.5 + 4 / 64 + 2  # of a weight, read in 4 bits and written in 16
 
 
@@ -126,7 +127,7 @@ class Roofline(TorchDispatchMode):
             return result
         self.cost.kernels += 1
         moved = sum(t.numel() * t.element_size() for t in {id(t): t for t in given + made}.values())
-        formula = common._FORMULAS.get(func) or flop_registry.get(func.overloadpacket)
+        formula = FORMULAS.get(func.overloadpacket)
         flops = formula(*args, **(kwargs or {}), out_val=result) if formula else 0
         if flops > moved * self._balance:
             self.cost.flops += flops
