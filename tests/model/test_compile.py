@@ -23,30 +23,31 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++
 
 @needs_compiler
 @pytest.mark.slow
-def test_compiled_layers_are_the_plain_ones_in_values_and_gradients():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_layers_are_the_plain_ones_in_values_and_gradients(device):
     """In a process of its own: the shapes that tests check would be compiled along."""
-    code = "from tests.model.test_compile import compare; compare()"
+    code = f"from tests.model.test_compile import compare; compare({device!r})"
     command = [sys.executable, "-W", "ignore", "-c", code]
     process = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
 
 
-def compare():
+def compare(device):
     """With dropout, over streams of other lengths: the last makes no graph any more."""
     from torch._dynamo.utils import counters
 
-    model = with_lora(tiny(num_hidden_layers=3), dropout=0.3).train()
+    model = with_lora(tiny(num_hidden_layers=3), dropout=0.3).to(device).train()
     make_lean(model)
     scorer = Scorer(model)
 
     def score(pairs):
         torch.manual_seed(5)
-        logps = scorer(build_stream(pairs))
+        logps = scorer(build_stream(pairs).to(device))
         return logps.detach(), gradients(model, logps)
 
     batches = [PAIRS[:2], PAIRS, PAIRS[1:], PAIRS[:3]]
     expected = [score(batch) for batch in batches]
-    compile_layers(scorer.causal_lm, torch.device("cpu"))
+    compile_layers(scorer.causal_lm, torch.device(device))
     graphs = []
     for batch, (logps, grads) in zip(batches, expected, strict=True):
         its_logps, its_grads = score(batch)
@@ -57,7 +58,9 @@ def compare():
             assert (its_grads[name] - gradient).abs().max() <= 1e-5 * largest
     assert graphs[-1] == graphs[-2] > 5, graphs  # compiled, and not again for other lengths
     with _uncompiled(scorer.causal_lm):
-        scorer.causal_lm.generate(input_ids=torch.tensor([[1, 5, 9]]), max_new_tokens=6)
+        scorer.causal_lm.generate(
+            input_ids=torch.tensor([[1, 5, 9]], device=device), max_new_tokens=6
+        )
     assert counters["stats"]["unique_graphs"] == graphs[-1]  # nor for an answer's
 
 

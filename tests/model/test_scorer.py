@@ -21,7 +21,7 @@ PAIRS = [
 def gradients(model, logps):
     """Gradients of a sum that weighs every token otherwise, by parameter."""
     model.zero_grad()
-    weights = torch.linspace(-1, 1, len(logps))
+    weights = torch.linspace(-1, 1, len(logps), device=logps.device)
     (weights * logps).sum().backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 

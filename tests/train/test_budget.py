@@ -373,14 +373,25 @@ def test_the_largest_micro_batch_comes_first_and_the_smallest_last(tmp_path, mon
 
 
 @pytest.mark.gpu
-def test_a_gpu_that_really_runs_out_of_memory_goes_on(tmp_path, capsys):
-    """A budget far too large for the share of the memory that the process may use."""
+def test_a_gpu_that_really_runs_out_of_memory_goes_on_and_comes_back(tmp_path, monkeypatch, capsys):
+    """A budget far too large for the share of the memory that the process may use in one step."""
+    monkeypatch.setattr("dpo.train.budget.STEPS_TO_RECOVER", 1)
     total = torch.cuda.get_device_properties(0).total_memory
     settings = config(tmp_path, "--train.tokens_per_microbatch", 10**6, rows=2000)
-    settings.train.per_device_train_batch_size = 1500
+    settings.train.per_device_train_batch_size, settings.train.max_steps = 1500, 2
     torch.cuda.set_per_process_memory_fraction(1.5 * 2**30 / total)
+    log = Run.log
+
+    def there_is_memory_again(self, step):
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        log(self, step)
+
+    monkeypatch.setattr(Run, "log", there_is_memory_again)
     try:
         run(settings)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "out of memory: from here on" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "out of memory: the step is begun again" in said
+    assert "out of memory: from here on" in said
+    assert "tokens a micro-batch again" in said
