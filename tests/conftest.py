@@ -12,9 +12,23 @@ import torch
 torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
 
 
+sees_gpu, HAS_GPU = torch.cuda.is_available, torch.cuda.is_available()
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures, some of which train
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+    """Only tests marked gpu, and the processes that they start, see a GPU; without one they skip.
+
+    The others say bit for bit what holds on a CPU, and hold it on every machine.
+    """
+    wants_gpu = item.get_closest_marker("gpu") is not None
+    if wants_gpu and not HAS_GPU:
         pytest.skip("needs a GPU")
+    torch.cuda.is_available = sees_gpu if wants_gpu else lambda: False
+    os.environ["CUDA_VISIBLE_DEVICES"] = (VISIBLE or "") if wants_gpu else ""
+    if wants_gpu and VISIBLE is None:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 @pytest.fixture
