@@ -189,7 +189,7 @@ class TrainConfig:
     seed: int = 42
     """Seed of the order of the pairs, of the adapter and of dropout."""
     deterministic: bool = False
-    """On a GPU, only sums of one order, so that a run repeats bit for bit: slower attention."""
+    """Give every sum one order on a GPU, so that the same steps have the same bits; slower."""
     logging_steps: int = 1
     """Log every so many steps, means over them; the first step is always logged alone."""
     eval_steps: int = 0

@@ -56,7 +56,7 @@ def sequence_logps(
 ) -> Float[Tensor, " sequences"]:
     """Sum of each sequence's token log-probs, (num_sequences,) nats; 0 where none is scored.
 
-    In one order, always: else policy and reference would not tie at step 0.
+    The order of the sum is fixed. Otherwise policy and reference would not tie at step 0.
     """
     zeros = token_logps.new_zeros(num_sequences)
     if token_logps.is_cuda:  # where index_add adds in any order, and this sorts first

@@ -249,7 +249,8 @@ def run_sections(names: list[str], setup: Setup, file: Path | None) -> int:
         except Exception as error:  # the row says it, the log has the rest, the others go on
             traceback.print_exc()
             first_line = (str(error).strip() or "no message").splitlines()[0]
-            write(file, Row(name, f"FAILED: {type(error).__name__}: {first_line[:200]}"))
+            failure = f"FAILED: {type(error).__name__}: {first_line[:200]}"
+            write(file, Row(name, failure), device=setup.name)
             failures += 1
         gc.collect()
         if setup.is_gpu:

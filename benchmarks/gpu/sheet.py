@@ -306,6 +306,8 @@ def predict_recipe(setup: Setup) -> dict[str, Prediction]:
 
     def say(side: str, peak: float, seconds: Callable[[Card], float]) -> None:
         def speed(card: Card) -> str:
+            if peak > GPUS[card.name].memory_gib * 2**30:
+                return f"does not fit: {peak / 2**30:.3g} GiB"
             a_second = len(pairs) / seconds(card)
             minutes = ARTICLE_PAIRS / a_second / 60
             said_peak = f"{peak / 2**30:.3g} GiB"
@@ -314,7 +316,7 @@ def predict_recipe(setup: Setup) -> dict[str, Prediction]:
         said[f"recipe, {side}: pairs/s"] = speed
         if FOUND not in side:
             what = f"recipe, {side}: first step's loss, grad_norm, logps/chosen"
-            said[what] = lambda _: "0.69315, and for all sides the same"
+            said[what] = lambda _: "0.69315; dropout apart, the same for all sides"
 
     say("ours", base + kept, lambda card: live.seconds(card) + waits)
     say(f"ours, {FOUND}", base + kept, lambda card: found.seconds(card) + waits)
@@ -362,8 +364,11 @@ def report(rows: list[dict[str, Any]], setup: Setup) -> str:
         [name, *(column.get(name, "") for column in columns[:-1]), columns[-1].get(name) or empty]
         for name in names
     ]
-    devices = ", ".join(dict.fromkeys(row["device"] for row in rows if "device" in row))
-    head = ["", *(f"{card.name}, predicted" for card in CARDS), devices or "measured"]
+    head = [
+        "",
+        *(f"{card.name}, predicted" for card in CARDS),
+        rows[-1]["device"] if rows else "measured",
+    ]
     packages = ["torch", "transformers", "peft", "accelerate", "bitsandbytes"]
     card = CARDS[0]
     return f"""# On a GPU
@@ -395,7 +400,7 @@ def ratios(column: dict[str, str]) -> str:
     return "; ".join(
         f"{float(ours.split()[0]) / float(speed.split()[0]):.2f} x {name}"
         for name, speed in theirs.items()
-        if ours and speed
+        if ours and speed[:1].isdigit()
     )
 
 
@@ -409,6 +414,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--small", action="store_true", help="of the try on a CPU")
     args = flags.parse_args(argv)
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows else []
+    rows = [row for row in rows if row["device"] == rows[-1]["device"]]  # one column is one device
     common.publish(report(rows, SMALL if args.small else GPU), args.output)
 
 

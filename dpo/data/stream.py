@@ -124,7 +124,7 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def packed_to_device(tensors: Sequence[Tensor], device: torch.device | str) -> tuple[Tensor, ...]:
-    """The same for several tensors of one type and one axis, in one copy; parts of it come back."""
+    """Copies several one-dimensional tensors of one type at once, and returns their parts."""
     return torch.split(to_device(torch.cat([*tensors]), device), [*map(len, tensors)])
 
 

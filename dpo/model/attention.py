@@ -144,10 +144,16 @@ def two_segment_attention(
     dpo_layout.not_honoured |= {
         name for name, given in others.items() if given is not None and name not in _KNOWN
     }
-    window = sliding_window or None
+    window, width = sliding_window or None, value.shape[-1]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.is_cuda and (query.shape[-1] % 8 or width % 8):
+        # No fused CUDA kernel has such a width, and zeros change no score.
+        query, key, value = (F.pad(s, (0, -s.shape[-1] % 8)) for s in (query, key, value))
     if dropout == 0 and serves_varlen(query, value):
-        return _in_one_call(query, key, value, dpo_layout, scaling, window), None
-    return _by_segment(query, key, value, dpo_layout, scaling, window, dropout), None
+        out = _in_one_call(query, key, value, dpo_layout, scale, window)
+    else:
+        out = _by_segment(query, key, value, dpo_layout, scale, window, dropout)
+    return out[..., :width], None
 
 
 def serves_varlen(query: Tensor, value: Tensor) -> bool:
@@ -156,7 +162,6 @@ def serves_varlen(query: Tensor, value: Tensor) -> bool:
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] == value.shape[-1] <= _VARLEN_WIDTH
-        and query.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
@@ -166,7 +171,7 @@ def _in_one_call(
     key: Tensor,
     value: Tensor,
     layout: Layout,
-    scaling: float | None,
+    scaling: float,
     window: int | None,
 ) -> Float[Tensor, "1 tokens heads width"]:
     joined = layout.joined
@@ -245,7 +250,7 @@ def _by_segment(
     key: Tensor,
     value: Tensor,
     layout: Layout,
-    scaling: float | None,
+    scaling: float,
     window: int | None,
     dropout: float,
 ) -> Float[Tensor, "1 tokens heads width"]:

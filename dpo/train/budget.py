@@ -2,7 +2,7 @@
 
 One micro-batch is scored and differentiated, which gives the bytes that a token takes; 0.9 of what
 is free is divided by them. Activations grow with the tokens and hardly anything else does, so one
-measurement is enough, and what it misses the 0.9 and `Budget.lower` are for.
+measurement is enough, and the 0.9 and `Budget.lower` allow for what it misses.
 
 Gradient checkpointing costs a third more work and is only turned on when not even the longest pair
 fits without: then on as few layers as will do, and last the head's tile is made smaller.
@@ -38,35 +38,38 @@ class Budget:
         saving: what was given up for memory.
         reason: what was found, in words.
         full: `tokens` as they were at first.
-        lowered_at: the step at which memory ran out last, or at which they grew again.
+        changed_at: the step at which `tokens` last changed.
+        fitted: what `tokens` were before they last grew; 0 if memory has run out since.
+        wait: how many steps they stay before they grow.
     """
 
     tokens: int
     saving: Saving
     reason: str
     full: int
-    lowered_at: int = 0
+    changed_at: int = 0
+    fitted: int = 0
+    wait: int = STEPS_TO_RECOVER
 
     def lower(self, step: int, largest: int) -> None:
-        """Half of the tokens of a micro-batch that did not fit, from this step on."""
-        self.tokens, self.lowered_at = largest // 2, step
+        """Goes back to what fitted before it grew, or else to half of what did not fit."""
+        self.wait *= 2 if self.fitted else 1
+        self.tokens = self.fitted or largest // 2
+        self.fitted, self.changed_at = 0, step
 
     def recover(self, step: int) -> bool:
-        """Twice the tokens again, up to `full`, when memory has been enough for a while."""
-        is_due = self.tokens < self.full and step - self.lowered_at >= STEPS_TO_RECOVER
+        """Doubles the tokens again, up to `full`, when memory has been enough for a while."""
+        is_due = self.tokens < self.full and step - self.changed_at >= self.wait
         if is_due:
-            self.tokens, self.lowered_at = min(self.full, 2 * self.tokens), step
+            self.fitted, self.tokens = self.tokens, min(self.full, 2 * self.tokens)
+            self.changed_at = step
         return is_due
 
     @property
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: `token_budget` goes on from it."""
-        return {
-            "tokens_per_microbatch": self.tokens,
-            "full_tokens_per_microbatch": self.full,
-            "lowered_at": self.lowered_at,
-            "saving": self.saving,
-        }
+        """What a checkpoint keeps; `token_budget` goes on from it."""
+        growth = {name: getattr(self, name) for name in ("full", "changed_at", "fitted", "wait")}
+        return {"tokens_per_microbatch": self.tokens, "saving": self.saving, "growth": growth}
 
 
 def token_budget(run: Any, state: dict[str, Any]) -> Budget:
@@ -79,17 +82,18 @@ def token_budget(run: Any, state: dict[str, Any]) -> Budget:
     given, device = run.config.train.tokens_per_microbatch, run.accelerator.device
     as_configured = Saving(int(run.config.train.gradient_checkpointing))
     tokens = state.get("tokens_per_microbatch", 0)
-    full, lowered_at = state.get("full_tokens_per_microbatch", tokens), state.get("lowered_at", 0)
+    growth = state.get("growth", {"full": tokens})
+    if given == growth["full"]:
+        reason = f"{tokens} tokens a micro-batch, of {given} as configured"
+        return Budget(tokens, as_configured, reason, **growth)
     if given != "auto":
         reason = f"{given} tokens a micro-batch, as configured"
-        if given != full:
-            tokens, lowered_at = given, 0
-        return Budget(tokens, as_configured, reason, given, lowered_at)
+        return Budget(given, as_configured, reason, full=given)
     if state:
         saving = Saving(*state.get("saving", as_configured))
         save_memory(run, saving)
         reason = f"{tokens} tokens a micro-batch, {saving}, as before"
-        return Budget(tokens, saving, reason, full, lowered_at)
+        return Budget(tokens, saving, reason, **growth)
     stream = build_stream(probe_pairs(run)).to(device)
     is_absent = isinstance(run.live_reference, Absent)
     reference = run.reference if is_absent else run.live_reference

@@ -39,17 +39,17 @@ def header(run: Any) -> str:
 
 
 def _on_a_gpu(run: Any) -> list[str]:
-    """What costs time or bits there, and how not to pay it."""
+    """Says what costs time or bits there, and which key avoids it."""
     optim, remarks = run.config.optim, []
     if run.config.train.deterministic:
-        remarks.append("deterministic: every sum has one order, so the run repeats bit for bit")
+        remarks.append("deterministic: the same micro-batches have the same bits")
     else:
-        remarks.append("the run repeats up to rounding; bit for bit with train.deterministic true")
+        remarks.append("a resumed run is the straight one up to rounding (train.deterministic)")
     if optim.name != "adamw":
         waits = sum(p.requires_grad for p in run.policy.model.parameters())
         remarks.append(
-            f"{optim.name} waits for the device {waits} times a step, once a trained tensor; adamw "
-            "does not, where its 8 bytes a trained weight fit"
+            f"{optim.name} waits for the device at least {waits} times a step, once a trained "
+            "tensor; adamw does not, where its 8 bytes a trained weight fit"
         )
     return remarks
 

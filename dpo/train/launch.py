@@ -35,11 +35,11 @@ def build_accelerator(config: Config, trackers: list[str]) -> Accelerator:
 def prepare_torch(config: Config) -> None:
     """What PyTorch must know before CUDA starts; what the user has set stays."""
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
-        # Micro-batches are of ever other sizes: blocks that cannot grow would leave gaps.
+        # Micro-batches differ in size, and blocks that cannot grow leave gaps.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    torch.use_deterministic_algorithms(config.train.deterministic)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

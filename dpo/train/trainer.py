@@ -36,7 +36,7 @@ from dpo.show.evaluate import Evaluator, pair_logps
 from dpo.show.report.page import write_report
 from dpo.show.token_rewards import rewards_to_show
 from dpo.train import checkpoint as checkpoints
-from dpo.train.budget import load_policy_to_fit, token_budget
+from dpo.train.budget import load_policy_to_fit, smallest_over_ranks, token_budget
 from dpo.train.header import header
 from dpo.train.launch import build_accelerator, on_main
 from dpo.train.optim import build_optimizer, learning_rate
@@ -176,12 +176,12 @@ class Run:
     ) -> list[MicroBatch]:
         """Sums the gradient of this rank's pairs, over smaller micro-batches where memory runs out.
 
-        What ran out may only have been in pieces: the first time the same is tried once more. The
+        Memory may only be fragmented, so the first failure of a step is tried again unchanged. The
         smallest micro-batch comes last: under DDP its backward reduces the gradient over ranks,
-        which cannot be begun again.
+        which cannot be begun again. So with several ranks a lowered budget stays.
         """
         num_tokens = [pair.num_stream_tokens for pair in pairs]
-        if self.budget.recover(step):
+        if self.accelerator.num_processes == 1 and self.budget.recover(step):
             self.tracker.say(f"memory: {self.budget.tokens} tokens a micro-batch again")
         was_tried = False
         while True:
@@ -286,6 +286,7 @@ class Run:
     def save(self, step: int) -> None:
         """Writes `checkpoint-{step}`."""
         self.share_reference()  # so that a resumed run finds what this one will find
+        self.budget.tokens = smallest_over_ranks(self.accelerator, self.budget.tokens)
         state = {
             "pairs_per_step": self.pairs_per_step,
             **self.budget.state,

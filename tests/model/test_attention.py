@@ -118,16 +118,15 @@ def test_the_kernel_of_this_gpu_takes_grouped_heads():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "capability", "width", "grouped"),
+    ("dtype", "capability", "grouped"),
     [
-        (torch.bfloat16, (8, 0), 64, True),
-        (torch.bfloat16, (7, 5), 64, False),
-        (torch.float32, (9, 0), 64, False),
-        (torch.bfloat16, (9, 0), 100, False),
+        (torch.bfloat16, (8, 0), True),
+        (torch.bfloat16, (7, 5), False),
+        (torch.float32, (9, 0), False),
     ],
 )
 def test_a_call_a_segment_never_needs_all_scores(
-    monkeypatch, as_if_cuda, dtype, capability, width, grouped
+    monkeypatch, as_if_cuda, dtype, capability, grouped
 ):
     """Flash attention takes grouped heads in half precision from sm80 on, mem-efficient attention
     none; what neither takes would fall to the math kernel, which keeps (heads, n, n) scores."""
@@ -140,7 +139,7 @@ def test_a_call_a_segment_never_needs_all_scores(
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", noted)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     stream = build_stream(PAIRS[:1])
-    states = [torch.randn(1, h, len(stream.input_ids), width, dtype=dtype) for h in (4, 2, 2)]
+    states = [torch.randn(1, h, len(stream.input_ids), 64, dtype=dtype) for h in (4, 2, 2)]
     layout = Layout(stream.segments, torch.device("cpu"))
     attention._by_segment(*states, layout, 0.1, None, 0.0)
     assert calls == [(True, grouped, grouped), (False, False, False)]
@@ -152,11 +151,37 @@ def test_in_fp32_a_gpus_branches_compute_one_answer_at_a_time(as_if_cuda, family
     assert_same(model, Scorer(model)(build_stream(PAIRS)), stream_logps(model, PAIRS))
 
 
-@pytest.mark.parametrize(("width", "serves"), [(64, True), (100, False), (256, True), (264, False)])
-def test_the_kernel_is_asked_for_widths_that_it_has(as_if_cuda, width, serves):
-    """It does not pad: of a width that is no multiple of 8 (OpenLLaMA-3B: 100) its C++ raises."""
-    half = torch.zeros(1, 2, 3, width, dtype=torch.bfloat16)
-    assert serves_varlen(half, half) == serves
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("kernel", ["one call", "a call a segment"])
+def test_a_width_that_no_fused_kernel_has_is_padded_with_zeros(
+    monkeypatch, as_if_cuda, kernel, scaling
+):
+    """OpenLLaMA-3B's heads are 100 wide; the kernels want a multiple of 8, or keep all scores."""
+    widths, calls = [], {"one call": "_in_one_call", "a call a segment": "_by_segment"}
+    own = getattr(attention, calls[kernel])
+
+    def noted(query, *others):
+        widths.append(query.shape[-1])
+        return own(query, *others)
+
+    monkeypatch.setattr(attention, calls[kernel], noted)
+    monkeypatch.setattr(attention, "serves_varlen", lambda query, value: kernel == "one call")
+    monkeypatch.setattr(attention, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(attention, "_VARLEN_GROUPS", True)
+    stream, module = build_stream(PAIRS), torch.nn.Module()
+    layout = Layout(stream.segments, torch.device("cpu"))
+    states = [torch.randn(1, h, len(stream.input_ids), 100, requires_grad=True) for h in (4, 2, 2)]
+    results = []
+    for is_cuda in (True, False):
+        monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)
+        out, _ = attention.two_segment_attention(
+            module, *states, None, scaling=scaling, dpo_layout=layout
+        )
+        assert out.shape == (1, len(stream.input_ids), 4, 100)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), states)])
+    assert widths == [104, 100]
+    for padded, plain in zip(*results, strict=True):
+        torch.testing.assert_close(padded, plain, rtol=0, atol=1e-5)
 
 
 def test_policy_and_reference_share_the_layout_of_a_stream(monkeypatch):

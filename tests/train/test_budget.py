@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,13 @@ from dpo.config import UserError
 from dpo.data.stream import TokenizedPair
 from dpo.model.load import checkpoint_layers
 from dpo.model.memory import MOST_TOKENS, SAVINGS, peak_bytes
-from dpo.train.budget import auto_budget, probe_pairs, token_budget
+from dpo.train.budget import (
+    STEPS_TO_RECOVER,
+    Budget,
+    auto_budget,
+    probe_pairs,
+    token_budget,
+)
 from dpo.train.trainer import Run
 from tests.models import tiny, with_lora
 from tests.train.runs import config, forget_accelerate, run, step_gradients, training
@@ -276,6 +283,13 @@ def test_a_trained_run_that_ran_out_of_memory_is_the_run_that_did_not(tmp_path, 
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
+def grows_after(monkeypatch, steps):
+    monkeypatch.setattr(
+        "dpo.train.trainer.token_budget",
+        lambda run, state: replace(token_budget(run, state), wait=steps),
+    )
+
+
 def test_memory_that_was_only_in_pieces_costs_no_budget(tmp_path, monkeypatch, capsys):
     """The first failure of a step may be fragmentation: the cache is emptied, the same tried."""
     whole = step_gradients(config(tmp_path, "--train.output_dir", tmp_path / "whole"))
@@ -291,7 +305,7 @@ def test_the_budget_grows_back_when_memory_has_been_enough_for_a_while(
     tmp_path, monkeypatch, capsys
 ):
     """Memory is short in the first step alone; of two cuts one is undone after two steps each."""
-    monkeypatch.setattr("dpo.train.budget.STEPS_TO_RECOVER", 2)
+    grows_after(monkeypatch, 2)
     flags = ["--train.max_steps", 6, "--lora.dropout", 0.1, "--train.save_steps", 2]
     flags += ["--train.tokens_per_microbatch", 500, "--train.save_total_limit", 9]
     sizes = out_of_memory_above(monkeypatch, 150, times=3)  # a retry, and two halvings
@@ -309,17 +323,59 @@ def test_the_budget_grows_back_when_memory_has_been_enough_for_a_while(
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_a_try_to_grow_that_fails_goes_back_to_what_fitted_and_waits_twice_as_long():
+    """9,000 tokens fit of 16,384: half of the first failure, and never far from it again."""
+    budget = Budget(16384, SAVINGS[0], "", full=16384)
+    seen = []
+    for step in range(1, 500):
+        budget.recover(step)
+        while budget.tokens > 9000:
+            budget.lower(step, largest=budget.tokens)
+        seen.append(budget.tokens)
+    assert set(seen) == {8192}
+    assert budget.wait == 8 * STEPS_TO_RECOVER  # tried after 50, 100 and 200 steps
+
+
 @pytest.mark.parametrize("given", ["auto", 500])
 def test_a_lowered_budget_is_resumed_unless_another_was_asked_for(tmp_path, given):
-    state = {"tokens_per_microbatch": 125, "full_tokens_per_microbatch": 500, "lowered_at": 7}
+    lowered = Budget(125, SAVINGS[0], "", full=500, changed_at=7, fitted=0, wait=100)
     made = started(config(tmp_path, "--train.tokens_per_microbatch", given))
-    found = token_budget(made, state)
-    assert (found.tokens, found.full, found.lowered_at) == (125, 500, 7)
+    found = token_budget(made, lowered.state)
+    assert found.state == lowered.state
+    assert found.reason.startswith("125 tokens a micro-batch, ")
     made = started(
         config(tmp_path, "--train.tokens_per_microbatch", 300, "--train.resume", "never")
     )
-    found = token_budget(made, state)
-    assert (found.tokens, found.full, found.lowered_at) == (300, 300, 0)
+    found = token_budget(made, lowered.state)
+    assert (found.tokens, found.full, found.changed_at) == (300, 300, 0)
+
+
+def test_a_checkpoint_from_before_budgets_grew_is_resumed(tmp_path):
+    found = token_budget(started(config(tmp_path, *AUTO)), {"tokens_per_microbatch": 125})
+    assert (found.tokens, found.full) == (125, 125)
+
+
+def test_with_several_ranks_only_what_does_not_reduce_is_begun_again(tmp_path, monkeypatch):
+    """The last micro-batch reduces the gradient over ranks; and a lowered budget stays low."""
+    made = started(config(tmp_path, "--train.tokens_per_microbatch", 200))
+    made.budget.full, made.budget.changed_at = 400, -STEPS_TO_RECOVER
+    monkeypatch.setattr(type(made.accelerator), "num_processes", 2)
+    pairs, backward, failing = [made.data.train[i] for i in made.indices(1)], made._backward, [0]
+    seen = []
+
+    def fails_once(stream, pairs_in_step):
+        seen.append(len(stream.input_ids))
+        if len(seen) - 1 in failing:
+            raise torch.OutOfMemoryError("CUDA out of memory. (a test's)")
+        return backward(stream, pairs_in_step)
+
+    made._backward = fails_once
+    number = len(made._gradient(1, pairs, pairs_in_step=len(pairs)))
+    assert max(seen) <= 200
+    assert len(seen) == number + 1 >= 3
+    failing[:] = [len(seen) + number - 1]
+    with pytest.raises(UserError, match="while ranks were reducing a gradient"):
+        made._gradient(2, pairs, pairs_in_step=len(pairs))
 
 
 def test_without_starting_the_step_again_its_gradient_would_be_counted_twice(tmp_path, monkeypatch):
@@ -375,7 +431,7 @@ def test_the_largest_micro_batch_comes_first_and_the_smallest_last(tmp_path, mon
 @pytest.mark.gpu
 def test_a_gpu_that_really_runs_out_of_memory_goes_on_and_comes_back(tmp_path, monkeypatch, capsys):
     """A budget far too large for the share of the memory that the process may use in one step."""
-    monkeypatch.setattr("dpo.train.budget.STEPS_TO_RECOVER", 1)
+    grows_after(monkeypatch, 1)
     total = torch.cuda.get_device_properties(0).total_memory
     settings = config(tmp_path, "--train.tokens_per_microbatch", 10**6, rows=2000)
     settings.train.per_device_train_batch_size, settings.train.max_steps = 1500, 2

@@ -50,7 +50,7 @@ def test_what_the_user_has_set_stays(monkeypatch, name):
 
 @pytest.mark.gpu
 def test_the_allocator_took_it():
-    """In this process, whose first run has set it before CUDA started."""
+    """A process of its own sets it before CUDA starts."""
     code = (
         "from dpo.config import Config; from dpo.train.launch import prepare_torch;"
         "prepare_torch(Config()); import torch; torch.zeros(1, device='cuda');"
@@ -81,21 +81,19 @@ def test_the_header_on_a_gpu_says_what_repeats_and_what_waits():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     made = SimpleNamespace(config=deterministic(False), policy=SimpleNamespace(model=model))
     repeats, waits = _on_a_gpu(made)
-    assert repeats == "the run repeats up to rounding; bit for bit with train.deterministic true"
-    assert waits.startswith("paged_adamw_32bit waits for the device 4 times a step")
+    assert repeats == "a resumed run is the straight one up to rounding (train.deterministic)"
+    assert waits.startswith("paged_adamw_32bit waits for the device at least 4 times a step")
     made.config = deterministic(True)
     made.config.optim.name = "adamw"
-    assert _on_a_gpu(made) == [
-        "deterministic: every sum has one order, so the run repeats bit for bit"
-    ]
+    assert _on_a_gpu(made) == ["deterministic: the same micro-batches have the same bits"]
 
 
 @pytest.mark.parametrize(
     ("name", "waits"), [("adamw", 0), ("adamw_8bit", 6), ("paged_adamw_32bit", 6 + 1)]
 )
 def test_how_often_an_optimizer_waits_for_the_device(monkeypatch, name, waits):
-    """bitsandbytes once a tensor, paged states once more: 449 times a step for the article's LoRA
-    on 224 layers. What the header says is this."""
+    """bitsandbytes waits once a tensor, with paged states once more: 449 times a step for the
+    article's LoRA on 224 layers. The header says "at least 448"."""
     calls = []
     monkeypatch.setattr(bitsandbytes.optim.optimizer, "sync_gpu", lambda tensor: calls.append(1))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: calls.append(1))

@@ -56,6 +56,19 @@ def test_a_wrong_gradient_of_a_right_value_is_noticed(monkeypatch, wrong, dtype)
         checked(monkeypatch, wrong, dtype)
 
 
+def test_weights_without_a_gradient_are_passed_over(monkeypatch):
+    """An image tower's adapters come first and are not used; without any gradient all is well."""
+    made = Scorer(-1.0)
+    made.unused = nn.ParameterList([nn.Parameter(torch.ones(2)) for _ in range(9)])
+    made._parameters["weight"] = made._parameters.pop("weight")  # now after them
+    monkeypatch.setattr("tests.train.test_selfcheck.Scorer", lambda wrong: made)
+    with pytest.raises(RuntimeError, match="differs by 1 of its norm"):
+        checked(monkeypatch, -1.0)
+    made.weight.data.zero_()
+    made.forward = lambda stream: made.weight * 0.0
+    checked(monkeypatch, 0.0)
+
+
 def test_rounding_is_none(monkeypatch):
     checked(monkeypatch, 1e-4)
     checked(monkeypatch, 1e-2, torch.bfloat16)

@@ -16,7 +16,7 @@ from dpo.data.stream import build_stream
 from dpo.model.load import load_policy, load_tokenizer
 from dpo.model.reference import AdapterOff
 from dpo.model.scorer import Scorer
-from dpo.train import trainer
+from dpo.train import selfcheck, trainer
 from dpo.train.selfcheck import check_start, first_pairs
 from dpo.train.trainer import Run
 from tests.train.runs import (
@@ -332,19 +332,24 @@ def test_the_final_adapter_scores_in_a_fresh_process_as_it_did_in_this_one(tmp_p
 
 
 def test_layers_are_compiled_where_the_configuration_says_so(tmp_path, monkeypatch):
-    """That compiled ones compute the same is tests/model/test_compile.py's."""
-    compiled = []
+    """And checked; that compiled ones compute the same is tests/model/test_compile.py's."""
+    compiled, checked = [], []
     monkeypatch.setattr(
         "dpo.train.trainer.compile_layers", lambda base, device: compiled.append(type(base))
     )
+    check = selfcheck._check_compiled
+    monkeypatch.setattr(
+        selfcheck, "_check_compiled", lambda *args: (checked.append(1), check(*args))
+    )
     run(config(tmp_path, "--train.max_steps", 1))
-    assert compiled == []
+    assert compiled == checked == []
     run(
         config(
             tmp_path, "--train.max_steps", 1, "--model.compile", "true", "--train.resume", "never"
         )
     )
     assert [kind.__name__ for kind in compiled] == ["MistralForCausalLM"]
+    assert len(checked) == 1
 
 
 def test_an_adapter_that_was_not_written_is_noticed(tmp_path, monkeypatch):
