@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo.data.loader import balance
-from dpo.model.costs import Costs, segments_of, work
+from dpo.plan.flops import Costs, segments_of, work
 
 LENGTHS = Path(__file__).parent / "orca_lengths.json"
 RANKS = (8, 64, 512, 1024)

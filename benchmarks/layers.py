@@ -19,7 +19,7 @@ from transformers import MistralConfig
 
 from dpo.config import Config
 from dpo.data.stream import build_stream
-from dpo.model.fake import FakePolicy
+from dpo.plan.fake import FakePolicy
 
 MISTRAL_7B = MistralConfig(num_hidden_layers=2, vocab_size=32000, sliding_window=None)
 LENGTHS = (247, 204, 204)  # of prompt, chosen and rejected answer: means of the whole data set

@@ -1,7 +1,7 @@
 """The cost model from 1 GPU to 1,024: arithmetic on shapes and data sheets, nothing of it measured.
 
 Activations and weights are those of the project's own code, run on fake tensors of a few layers and
-carried to all of them; FLOPs are `dpo.model.costs`. The rest is assumed, and printed with the
+carried to all of them; FLOPs are `dpo.plan.flops`. The rest is assumed, and printed with the
 tables: one share of the peak, one bandwidth, weights sharded over all GPUs (FSDP2), gathered a
 layer at a time while the one before computes. The trainer itself runs DDP today.
 
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo.config import parse
-from dpo.model.costs import Costs, costs, segments_of, work
-from dpo.model.fake import FakePolicy
-from dpo.model.memory import Saving
-from dpo.show.plan import given_lengths
+from dpo.plan.fake import FakePolicy
+from dpo.plan.flops import Costs, costs, segments_of, work
+from dpo.plan.memory import Saving
+from dpo.plan.plan import given_lengths
 
 PEAK_TFLOPS, MFU = 989, 0.4  # H100, bfloat16; the share is an assumption
 GIB = 2**30

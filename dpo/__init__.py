@@ -6,7 +6,9 @@ beta x (policy log-prob - reference log-prob); the loss of a pair is -log sigmoi
 chosen answer - reward of the rejected one). No reward model and no sampling: the gradient raises
 the chosen answer's log-prob and lowers the rejected one's, most where the policy is most wrong.
 
-Read in this order: `losses`, `logps`, `metrics` (the maths); `config`; `data.formats`,
-`data.chat`, `data.stream`, `data.loader` (rows to tokens); `model.scorer`, `model.reference`
-(tokens to log-probs); `train.trainer` (log-probs to a step).
+Read in this order: `data.formats`, `data.chat`, `data.stream` (rows to a stream of tokens);
+`model.scorer`, `model.reference` (a stream to hidden states, under both models); `logps` (states to
+log-probs of tokens, then of pairs); `losses`, `metrics` (pairs to a loss); `train.trainer` (a loss
+to a step). Beside them: `config`; `plan` (what a run will take), `evaluate` (what is looked at
+during one), `report` (its page), `after` (merge, generate, evaluate, push).
 """

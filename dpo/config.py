@@ -18,14 +18,11 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
+from dpo.errors import UserError
 from dpo.losses import LOSSES
 
 PACKAGE = Path(__file__).parent
 QUICKSTART = PACKAGE / "quickstart" / "config.yaml"
-
-
-class UserError(ValueError):
-    """A mistake of the user's. Its message says where, what it got and wanted, and what to do."""
 
 
 @dataclass(kw_only=True)

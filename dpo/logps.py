@@ -1,4 +1,4 @@
-"""Hidden states to token log-probs to sequence log-probs, never a (scored, vocab) tensor at once.
+"""Hidden states to token log-probs to pair log-probs, never a (scored, vocab) tensor at once.
 
 A head over 12,000 scored tokens and a vocabulary of 152,000 would need 7 GiB for its fp32 logits
 and as much again for each copy that a softmax and its backward keep. Here the rows are walked in
@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from dpo.losses import PairLogps
 
 TILE_BYTES = 256 * 2**20  # of fp32 logits; one tile is alive at a time (three with a soft-cap)
 MAX_TILE_ROWS = 2048  # more rows do not make the matrix product faster
@@ -62,6 +64,24 @@ def sequence_logps(
     if token_logps.is_cuda:  # where index_add adds in any order, and this sorts first
         return zeros.index_put((sequence_ids,), token_logps, accumulate=True)
     return zeros.index_add(0, sequence_ids, token_logps)
+
+
+def pair_logps(
+    policy: Float[Tensor, " scored"],
+    reference: Float[Tensor, " scored"],
+    sequence_ids: Int[Tensor, " scored"],
+    num_pairs: int,
+) -> PairLogps:
+    """Sums token log-probs under both models to those of whole answers: what every loss takes.
+
+    Sequences are chosen_0, rejected_0, chosen_1, ...; lengths count scored tokens. Losses that need
+    sums of their own over tokens get them here.
+    """
+    chosen_and_rejected = (
+        sequence_logps(values, sequence_ids, 2 * num_pairs).view(-1, 2).unbind(1)
+        for values in (policy, reference, torch.ones_like(reference))
+    )
+    return PairLogps(*(answer for both in chosen_and_rejected for answer in both))
 
 
 class _FrozenHead(torch.autograd.Function):

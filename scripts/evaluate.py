@@ -13,8 +13,8 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from dpo.after.evaluate import Options, evaluate_run
 from dpo.config import run
-from dpo.show.evaluation import Options, evaluate_run
 
 
 def main() -> None:

@@ -14,8 +14,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from dpo.config import run
-from dpo.show.answers import (
+from dpo.after.generate import (
     Speakers,
     answers,
     chat,
@@ -24,8 +23,9 @@ from dpo.show.answers import (
     stream_answer,
     write_answers,
 )
-from dpo.show.prompts import read_prompts
-from dpo.show.samples import Sampling
+from dpo.after.prompts import read_prompts
+from dpo.config import run
+from dpo.evaluate.samples import Sampling
 
 
 def main() -> None:

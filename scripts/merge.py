@@ -8,9 +8,9 @@ python scripts/merge.py RUN --push_to_hub NAMESPACE/NAME       # private, unless
 import argparse
 from pathlib import Path
 
+from dpo.after.merge import BASES, DTYPES, merge_run
+from dpo.after.merged import check_can_push, push, verified_files
 from dpo.config import run
-from dpo.model.export import check_can_push, push, verified_files
-from dpo.show.merging import BASES, DTYPES, merge_run
 
 
 def main() -> None:

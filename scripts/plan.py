@@ -9,9 +9,10 @@ answer that `--lengths` gives: then config.json of the model is all that is read
 
 import argparse
 
-from dpo.config import UserError, parse, run
-from dpo.show.plan import choose_gpu, first_rows, given_lengths
-from dpo.show.plan_tables import plan_tables
+from dpo.config import parse, run
+from dpo.errors import UserError
+from dpo.plan.plan import choose_gpu, first_rows, given_lengths
+from dpo.plan.tables import plan_tables
 
 
 def main() -> None:

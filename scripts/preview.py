@@ -9,7 +9,8 @@ import os
 import sys
 
 from dpo.config import parse, run
-from dpo.show.preview import preview_rows
+from dpo.data.preview import preview_rows
+from dpo.model.load import load_tokenizer
 
 
 def main() -> None:
@@ -19,7 +20,8 @@ def main() -> None:
     options, train_flags = own.parse_known_args()
     config = parse(train_flags, prog="scripts/preview.py [--rows N]")
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for text in preview_rows(config, options.rows, colour=colour):
+    tokenizer = load_tokenizer(config.model)
+    for text in preview_rows(config, tokenizer, options.rows, colour=colour):
         print(text)
 
 

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from dpo.config import run
-from dpo.show.report.page import write_comparison, write_report
+from dpo.report.page import write_comparison, write_report
 
 
 def main() -> None:

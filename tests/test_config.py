@@ -18,12 +18,12 @@ from dpo.config import (
     ModelConfig,
     ReferenceConfig,
     TrainConfig,
-    UserError,
     known_keys,
     parse,
     resolve,
     save,
 )
+from dpo.errors import UserError
 
 ARTICLE = {
     "model.name_or_path": "teknium/OpenHermes-2.5-Mistral-7B",

@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from dpo.data.stream import build_stream
+from dpo.evaluate.samples import generate
 from dpo.logps import token_logps
 from dpo.model.kernels import make_lean
 from dpo.model.load import load_policy, load_tokenizer
 from dpo.model.scorer import Scorer
-from dpo.show.samples import generate
 from dpo.train.trainer import Run
+from tests.after.made_runs import made_run
+from tests.after.test_merge import merged
 from tests.model.test_load import config as load_config
 from tests.model.test_scorer import PAIRS
 from tests.models import tiny, with_lora
-from tests.show.made_runs import made_run
-from tests.show.test_merging import merged
 from tests.train.runs import config, metrics, run, step_gradients, training
 
 

@@ -5,7 +5,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import dpo.logps
-from dpo.logps import sequence_logps, token_logps
+from dpo.logps import pair_logps, sequence_logps, token_logps
 
 OPTIONS = {
     "plain": {},
@@ -348,6 +348,19 @@ def test_on_a_gpu_sums_do_not_go_through_index_add(as_if_cuda):
     assert ran.names & {"index_add", "index_put", "index_put_"} == {"index_put"}
     torch.testing.assert_close(sums[:6], logps.view(6, 100).sum(1), rtol=1e-6, atol=0)
     assert sums[6] == 0
+
+
+def test_pair_log_probs_by_hand():
+    """Two pairs, the second's rejected answer of three tokens; lengths count scored tokens."""
+    policy = torch.tensor([-1.0, -2.0, -4.0, -0.5, -0.25, -8.0, -16.0])
+    sequence_ids = torch.tensor([0, 0, 1, 2, 3, 3, 3])
+    logps = pair_logps(policy, policy - 1, sequence_ids, 2)
+    assert logps.policy_chosen_logps.tolist() == [-3.0, -0.5]
+    assert logps.policy_rejected_logps.tolist() == [-4.0, -24.25]
+    assert logps.ref_chosen_logps.tolist() == [-5.0, -1.5]
+    assert logps.ref_rejected_logps.tolist() == [-5.0, -27.25]
+    assert logps.chosen_lengths.tolist() == [2.0, 1.0]
+    assert logps.rejected_lengths.tolist() == [1.0, 3.0]
 
 
 @pytest.mark.gpu

@@ -19,10 +19,10 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from dpo.config import Config
 from dpo.data.stream import Stream, build_stream
-from dpo.model.costs import costs, work
 from dpo.model.load import Policy, build_policy, compile_layers
 from dpo.model.reference import adapter_off
 from dpo.model.scorer import Scorer
+from dpo.plan.flops import costs, work
 
 ARTICLE_PAIRS = 3200  # 200 steps of 16
 

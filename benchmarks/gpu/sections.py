@@ -37,9 +37,9 @@ from torch.profiler import ProfilerActivity, profile
 from dpo.config import Config
 from dpo.data.stream import build_stream
 from dpo.model import attention
-from dpo.model.memory import PeakBytes
 from dpo.model.reference import adapter_off
 from dpo.model.scorer import Scorer
+from dpo.plan.memory import PeakBytes
 from dpo.train.optim import build_optimizer
 
 

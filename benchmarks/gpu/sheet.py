@@ -30,8 +30,9 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 from dpo.config import Config
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.model import attention
-from dpo.model.costs import FLASH_BACKWARD, GPUS, costs, work
-from dpo.model.fake import FakePolicy
+from dpo.plan.fake import FakePolicy
+from dpo.plan.flops import FLASH_BACKWARD, costs, work
+from dpo.plan.gpus import GPUS
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Card:
     """A GPU by its data sheet, and what of it can be hoped for.
 
     Attributes:
-        name: of `dpo.model.costs.GPUS`.
+        name: of `dpo.plan.flops.GPUS`.
         bandwidth: of its memory, bytes a second.
         product: share of the peak that a plain product reaches.
         attention: share of the product's rate that flash attention 2 reaches.
@@ -381,7 +382,7 @@ def report(rows: list[dict[str, Any]], setup: Setup) -> str:
 Mistral-7B's shape, random weights, LoRA r 16 with dropout {Config().lora.dropout} on all linear
 layers, bfloat16, pairs with the lengths of `orca_lengths.json`; {setup.few_layers} layers, in the
 recipe {setup.layers}, steps of {common.PAIRS_PER_STEP} pairs on a 4-bit base. TFLOP/s are of what
-the method asks for (dpo.model.costs), reference included.
+the method asks for (dpo.plan.flops), reference included.
 
 Predicted, not measured: one step through the branches that a GPU takes, on tensors without numbers.
 An operator takes the longer of its FLOPs, at {card.product:.0%} of the data sheet's peak, and its

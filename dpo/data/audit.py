@@ -7,9 +7,9 @@ summarised in the run header. Rows read are rows kept plus rows dropped, always.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dpo.config import UserError
 from dpo.data.formats import RowError
 from dpo.data.stream import TokenizedPair
+from dpo.errors import UserError
 
 RowName = int | str  # the row's number, or "source:number" when there are several sources
 MAX_ROWS_NAMED = 1000  # per reason; the count is always whole

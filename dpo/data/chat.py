@@ -23,10 +23,10 @@ from typing import Any
 import jinja2
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo.config import UserError
 from dpo.data.audit import Audit, Limits, RowName
 from dpo.data.formats import IM_START, Message, Preference, RowError
 from dpo.data.stream import TokenizedPair
+from dpo.errors import UserError
 
 IM_END = "<|im_end|>"
 CHATML = (

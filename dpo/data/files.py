@@ -90,3 +90,10 @@ def _write_note(note: Path, digest: str) -> None:
         ) as file:
             file.write(digest)
         os.replace(file.name, note)
+
+
+def file_sums(folder: Path, pattern: str) -> dict[str, str]:
+    """sha256 of each file as it is now, by its name below the folder."""
+    files = [path for path in sorted(folder.rglob(pattern)) if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return dict(zip(names, read_digests(files), strict=True))

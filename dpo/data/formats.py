@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard
 
-from dpo.config import UserError
+from dpo.errors import UserError
 
 RawRow = dict[str, Any]
 Message = dict[str, Any]

@@ -18,12 +18,13 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
-from dpo.config import Config, DataConfig, DataSource, UserError, resolve
+from dpo.config import Config, DataConfig, DataSource, resolve
 from dpo.data.audit import Audit
 from dpo.data.formats import RECOGNISED_ROWS, recognise
 from dpo.data.sources import Source, open_source
 from dpo.data.stream import TokenizedPair
 from dpo.data.tokens import TokenFile, tokenized
+from dpo.errors import UserError
 
 
 class Pairs(Sequence[TokenizedPair]):

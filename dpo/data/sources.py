@@ -20,8 +20,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from dpo.config import UserError
 from dpo.data.files import file_digests
+from dpo.errors import UserError
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")

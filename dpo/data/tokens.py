@@ -27,12 +27,13 @@ from jaxtyping import Int
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dpo.config import DataConfig, UserError
+from dpo.config import DataConfig
 from dpo.data.audit import Audit
 from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer, Limits, choose_template, require_chatml
 from dpo.data.formats import RowError, to_preference
 from dpo.data.sources import Row, Source
 from dpo.data.workers import in_order, num_cores
+from dpo.errors import UserError
 
 BATCH_ROWS = 1000  # a worker's task: about a second
 BLOCK_PAIRS = 50  # read at once: 16 microseconds a pair for short ones, 80 for 600 tokens

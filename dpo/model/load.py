@@ -26,7 +26,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dpo.config import Config, LoraConfig, ModelConfig, UserError, resolve
+from dpo.config import Config, LoraConfig, ModelConfig, resolve
+from dpo.errors import UserError
 from dpo.model.kernels import make_lean
 
 REFERENCE_ADAPTER = "reference"  # the frozen copy of an adapter that the policy starts from

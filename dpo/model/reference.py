@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dpo.config import UserError
 from dpo.data.stream import Stream, TokenizedPair, build_stream, to_device
+from dpo.errors import UserError
 from dpo.model.load import REFERENCE_ADAPTER, Policy
 from dpo.model.logp_cache import LogpCache
 from dpo.model.scorer import Scorer

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dpo.config import UserError
 from dpo.data.stream import Stream, build_stream, to_device
+from dpo.errors import UserError
 from dpo.logps import TILE_BYTES, token_logps
 from dpo.model.attention import KEYWORD, Layout, use_two_segment_attention
 from dpo.model.load import keep_4bit_trainable

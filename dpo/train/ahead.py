@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dpo.config import Config, UserError
+from dpo.config import Config
 from dpo.data.loader import load_data, micro_batches, step_indices
 from dpo.data.stream import TokenizedPair, build_stream
+from dpo.errors import UserError
 from dpo.model.fingerprint import reference_digest
 from dpo.model.load import load_policy, load_tokenizer
 from dpo.model.reference import AdapterOff, Cached, Frozen, choose_mode, open_cache

@@ -17,13 +17,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from dpo.config import UserError
 from dpo.data.stream import TokenizedPair, build_stream
+from dpo.errors import UserError
+from dpo.logps import pair_logps
 from dpo.model.load import Policy, checkpoint_layers, load_policy
-from dpo.model.memory import SAVINGS, Saving, fitting_tokens, free_bytes, peak_bytes
 from dpo.model.reference import Absent, Frozen
-from dpo.show.evaluate import pair_logps
-from dpo.show.plan import choose_base
+from dpo.plan.memory import SAVINGS, Saving, fitting_tokens, free_bytes, peak_bytes
+from dpo.plan.plan import choose_base
 
 PROBE_TOKENS = 2048  # enough for the bytes that do not depend on the tokens to count for little
 STEPS_TO_RECOVER = 50  # a try that fails costs a micro-batch or two
@@ -100,7 +100,9 @@ def token_budget(run: Any, state: dict[str, Any]) -> Budget:
 
     def score_and_differentiate() -> None:
         with run.accelerator.no_sync(run.scorer):
-            logps = pair_logps(stream, run.scorer(stream), reference(stream))
+            logps = pair_logps(
+                run.scorer(stream), reference(stream), stream.sequence_ids, stream.num_pairs
+            )
             run.accelerator.backward(logps.logratio_gap.sum())
 
     return auto_budget(

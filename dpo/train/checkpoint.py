@@ -21,8 +21,9 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from dpo.config import Config, UserError
-from dpo.model.export import file_sums
+from dpo.config import Config
+from dpo.data.files import file_sums
+from dpo.errors import UserError
 from dpo.model.load import load_weights
 from dpo.train.selfcheck import first_reference_logps
 

@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 
-from dpo.config import Config, UserError
+from dpo.config import Config
+from dpo.errors import UserError
 
 T = TypeVar("T")
 

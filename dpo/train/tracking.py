@@ -13,12 +13,13 @@ from accelerate import Accelerator
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
-from dpo.config import Config, UserError
+from dpo.config import Config
 from dpo.data.loader import Pairs
+from dpo.errors import UserError
+from dpo.evaluate.diagnostics import Watch
+from dpo.evaluate.evaluator import Evaluation, held_out_columns
 from dpo.losses import PairLogps, implicit_rewards
-from dpo.show.diagnostics import Watch
-from dpo.show.evaluate import Evaluation, held_out_columns
-from dpo.show.report.logs import read_lines
+from dpo.report.logs import read_lines
 from dpo.train.board import open_board, show_evaluation
 
 # Rows of the closing table: held-out metric, its name there, and how it is printed.

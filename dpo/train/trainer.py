@@ -20,21 +20,24 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo.config import BEST_METRICS, Config, TrainConfig, UserError, save
+from dpo.config import BEST_METRICS, Config, TrainConfig, save
 from dpo.data.loader import balance, load_data, micro_batches, step_indices
 from dpo.data.stream import Stream, TokenizedPair, build_stream
+from dpo.errors import UserError
+from dpo.evaluate.diagnostics import Watch
+from dpo.evaluate.evaluator import Evaluator
+from dpo.evaluate.token_rewards import rewards_to_show
+from dpo.logps import pair_logps
 from dpo.losses import LOSSES, PairLogps
 from dpo.metrics import RunningMeans, pair_metrics
-from dpo.model.costs import costs, peak_tflops, work
 from dpo.model.fingerprint import reference_digest, weights_digest
 from dpo.model.load import compile_layers, load_tokenizer
 from dpo.model.logp_cache import LogpCache
 from dpo.model.reference import Cached, Reference, build_reference, choose_mode, open_cache
 from dpo.model.scorer import Scorer
-from dpo.show.diagnostics import Watch
-from dpo.show.evaluate import Evaluator, pair_logps
-from dpo.show.report.page import write_report
-from dpo.show.token_rewards import rewards_to_show
+from dpo.plan.flops import costs, work
+from dpo.plan.gpus import peak_tflops
+from dpo.report.page import write_report
 from dpo.train import checkpoint as checkpoints
 from dpo.train.budget import load_policy_to_fit, smallest_over_ranks, token_budget
 from dpo.train.header import header
@@ -239,7 +242,7 @@ class Run:
         with self.stopwatch.part("reference"):
             reference = self.reference(stream)
         self.window.flops += self._flops(stream)
-        logps = pair_logps(stream, policy, reference)
+        logps = pair_logps(policy, reference, stream.sequence_ids, stream.num_pairs)
         return logps, LOSSES[self.config.loss.type](logps, **self.config.loss.options)
 
     def _update(self, step: int, losses_seen: list[tuple[list[int], Tensor]]) -> None:

@@ -8,7 +8,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
 
-from dpo.config import UserError
 from dpo.data.audit import MAX_ROWS_NAMED, Audit, Limits, Tally
 from dpo.data.chat import (
     CHATML,
@@ -19,6 +18,7 @@ from dpo.data.chat import (
     stop_ids,
 )
 from dpo.data.formats import Preference
+from dpo.errors import UserError
 from tests.data.tokenizers import BASE, DEEPSEEK_R1, FAMILIES, GPT_2, Family, build
 
 ROOM = Limits(1000, 2000, "truncate")

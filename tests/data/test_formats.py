@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.config import UserError
 from dpo.data.formats import FORMATS, RowError, recognise, to_preference
+from dpo.errors import UserError
 
 SYSTEM = "You are an AI assistant. Think step-by-step and justify your steps."
 SHORE = "Fact: cutting down trees harms an ecosystem.\nQuestion: What does it harm?"

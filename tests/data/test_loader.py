@@ -20,11 +20,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.config import Config, DataSource, UserError
+from dpo.config import Config, DataSource
 from dpo.data import loader, tokens, workers
 from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer
 from dpo.data.formats import to_preference
 from dpo.data.loader import balance, load_data, micro_batches, step_indices
+from dpo.errors import UserError
 from tests.data.tokenizers import BASE, FAMILIES, GPT_2, Family, build
 
 

@@ -10,8 +10,8 @@ import pytest
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from dpo.config import UserError
 from dpo.data.sources import Row, open_source
+from dpo.errors import UserError
 
 ROWS = [
     {"prompt": "Name a river.", "chosen": "The Rhine.", "rejected": "Paris."},

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo.config import UserError
 from dpo.data.stream import build_stream
+from dpo.errors import UserError
+from dpo.evaluate.samples import _uncompiled
 from dpo.model import load
 from dpo.model.kernels import make_lean
 from dpo.model.load import compile_layers
 from dpo.model.scorer import Scorer
-from dpo.show.samples import _uncompiled
 from tests.model.test_scorer import PAIRS, gradients
 from tests.models import tiny, with_lora
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 
-from dpo.config import Config, UserError, resolve
+from dpo.config import Config, resolve
 from dpo.data.stream import build_stream
+from dpo.errors import UserError
 from dpo.model.load import Policy, load_policy, load_tokenizer, zero_dropouts
 from dpo.model.reference import AdapterOff, Frozen, Zero, adapter_off, build_reference, choose_mode
 from dpo.model.scorer import Scorer

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dpo.config import UserError
 from dpo.data.stream import TokenizedPair, build_stream
+from dpo.errors import UserError
 from dpo.model.load import Policy
 from dpo.model.logp_cache import LogpCache
 from dpo.model.reference import AdapterOff, Cached, open_cache

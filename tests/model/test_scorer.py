@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dpo.config import UserError
 from dpo.data.stream import TokenizedPair, build_stream
+from dpo.errors import UserError
 from dpo.model.attention import NAME
 from dpo.model.scorer import Scorer
 from tests.models import FAMILIES, tiny, with_lora

@@ -14,21 +14,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo.config import DataSource, UserError, save
-from dpo.show import evaluation
-from dpo.show.evaluation import (
+from dpo.after import evaluate as evaluation
+from dpo.after.evaluate import (
     Options,
     before_training,
     evaluate_run,
     measure_pairs,
     measure_win_rate,
 )
-from dpo.show.finished import FinishedRun
-from dpo.show.judges import load_judge
-from dpo.show.samples import generate
+from dpo.after.finished import FinishedRun
+from dpo.after.judges import load_judge
+from dpo.config import DataSource, save
+from dpo.errors import UserError
+from dpo.evaluate.samples import generate
+from tests.after.test_judges import KEY, prefers_right, server
 from tests.oracle import answer_logps
 from tests.scripts.test_scripts import ultrafeedback_file
-from tests.show.test_judges import KEY, prefers_right, server
 from tests.train.runs import config, metrics, rows_file, run
 
 ROOT = Path(__file__).parents[2]

@@ -15,10 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from dpo.config import UserError, resolve
-from dpo.show.answers import Speakers
-from dpo.show.prompts import Prompt, read_prompts
-from dpo.show.samples import Sampling, generate
+from dpo.after.generate import Speakers
+from dpo.after.prompts import Prompt, read_prompts
+from dpo.config import resolve
+from dpo.errors import UserError
+from dpo.evaluate.samples import Sampling, generate
 from tests.train.runs import config, run
 
 SCRIPT = str(Path(__file__).parents[2] / "scripts" / "generate.py")

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.model.hub import TOKEN, running_hub
-from tests.show.made_runs import made_run
+from tests.after.hub import TOKEN, running_hub
+from tests.after.made_runs import made_run
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "merge.py"
 # The same, but that the adapter is lost on the way.
 LOSING = f"""
 import runpy
-import dpo.show.merging
-dpo.show.merging.merge_adapter = lambda base, *_: base
+import dpo.after.merge
+dpo.after.merge.merge_adapter = lambda base, *_: base
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
 

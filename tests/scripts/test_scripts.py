@@ -13,9 +13,9 @@ import transformers
 
 from dpo.config import parse, resolve
 from dpo.data.stream import build_stream
+from dpo.logps import pair_logps
 from dpo.losses import sigmoid
 from dpo.model.scorer import Scorer
-from dpo.show.evaluate import pair_logps
 from tests.train.runs import QUIET, metrics, rows_file, run
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +151,9 @@ def test_the_loss_by_hand_is_ours():
         policy.lm_head.weight.mul_(1.1)
         expected = by_hand["dpo_loss"](policy, reference, *pair)
         stream = build_stream([tuple(pair)])
-        logps = pair_logps(stream, Scorer(policy)(stream), Scorer(reference)(stream))
+        logps = pair_logps(
+            Scorer(policy)(stream), Scorer(reference)(stream), stream.sequence_ids, stream.num_pairs
+        )
         (ours,) = sigmoid(logps, beta=0.1)
     assert abs(expected - 0.6931) > 1e-3
     assert abs(ours - expected) <= 1e-5

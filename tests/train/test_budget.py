@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo.config import UserError
 from dpo.data.stream import TokenizedPair
+from dpo.errors import UserError
 from dpo.model.load import checkpoint_layers
-from dpo.model.memory import MOST_TOKENS, SAVINGS, peak_bytes
+from dpo.plan.memory import MOST_TOKENS, SAVINGS, peak_bytes
 from dpo.train.budget import (
     STEPS_TO_RECOVER,
     Budget,

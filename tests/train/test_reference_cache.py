@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo.config import PACKAGE, UserError
+from dpo.config import PACKAGE
+from dpo.errors import UserError
 from dpo.model.logp_cache import LogpCache
 from dpo.model.reference import AdapterOff, Frozen
 from dpo.train import budget

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from dpo.model.costs import costs, work
+from dpo.plan.flops import costs, work
 from dpo.train.throughput import Stopwatch, Window
 from dpo.train.trainer import Run
 from tests.train.runs import config, forget_accelerate, metrics, run

@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers
 
-from dpo.config import UserError, parse
+from dpo.config import parse
 from dpo.data.stream import build_stream
+from dpo.errors import UserError
 from dpo.model.load import load_policy, load_tokenizer
 from dpo.model.reference import AdapterOff
 from dpo.model.scorer import Scorer
@@ -394,8 +395,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(
 ):
     pair_logps = trainer.pair_logps
 
-    def poisoned(stream, policy, reference):
-        return pair_logps(stream, policy * float("nan"), reference)
+    def poisoned(policy, reference, *which):
+        return pair_logps(policy * float("nan"), reference, *which)
 
     settings = config(tmp_path, rows=3)
     settings.train.per_device_train_batch_size = 3

@@ -1,0 +1,1 @@
+"""What follows a finished run: merge, generate, evaluate, card, push."""

@@ -1,0 +1,293 @@
+"""A finished run, measured: held-out pairs, win rate by a judge, lm-eval; base beside policy.
+
+"Base" is the model before training: for a run that started from an adapter, with that adapter. It
+is the reference, unless the run had none; then rewards are the policy's own log-probs, as they were
+in training, and the KL is that to the model before training.
+"""
+
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo.after.finished import FinishedRun, read_run
+from dpo.after.harness import load_tasks, run_harness
+from dpo.after.judges import (
+    Answers,
+    EndpointJudge,
+    FunctionJudge,
+    judge_all,
+    load_judge,
+    win_rate_figures,
+)
+from dpo.after.output import check_output
+from dpo.data.chat import choose_template, stop_ids
+from dpo.data.files import file_sums
+from dpo.data.loader import Pairs, load_data
+from dpo.data.stream import Stream
+from dpo.errors import UserError
+from dpo.evaluate.evaluator import held_out_columns, score_pairs
+from dpo.evaluate.samples import Sampling, generate
+from dpo.evaluate.statistics import Columns, group_figures, spread
+from dpo.model.reference import Reference, choose_mode
+from dpo.model.scorer import Scorer
+from dpo.report.evaluation_tables import evaluation_tables
+
+_PARTS = ("held_out", "win_rate", "lm_eval")
+_NEEDS = {
+    "data_format": "data_path",
+    "judge_model": "judge",
+    "temperature": "judge",
+    "top_p": "judge",
+    "include_path": "lm_eval",
+    "limit": "lm_eval",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure, as scripts/evaluate.py's flags say; None is the run's own value."""
+
+    weights: str = "final"
+    data_path: str | None = None
+    data_format: str = "auto"
+    prompts: int = 200
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    judge: str | None = None
+    judge_model: str | None = None
+    lm_eval: str | None = None
+    include_path: Path | None = None
+    limit: int | None = None
+    batch_size: int = 16
+    output: Path | None = None
+
+    def check(self) -> None:
+        """Refuses numbers that mean nothing, and options that would do nothing."""
+        for name in ("prompts", "max_new_tokens", "limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name}: got {value}, wanted 1 or more.")
+        Sampling(temperature=self.temperature, top_p=self.top_p)
+        for name, needed in _NEEDS.items():
+            value = getattr(self, name)
+            if value != getattr(Options, name) and not getattr(self, needed):
+                raise UserError(
+                    f"--{name}: got {value}, which does nothing without --{needed}. Leave it out, "
+                    f"or give --{needed}."
+                )
+
+
+def evaluate_run(folder: Path, options: Options) -> Iterator[str]:
+    """Measures, part by part; after each writes all figures so far, and yields what to print.
+
+    The file keeps the parts that an earlier call measured of the same weights and that this one
+    does not; so each part carries its own options and versions. A figure that is not finite does
+    not lose the others: it is written as NaN or Infinity, which Python reads and strict JSON lacks.
+
+    Raises:
+        UserError: an option that cannot be honoured, or no pairs to measure on.
+    """
+    # What may be misspelt comes before what takes long.
+    options.check()
+    read_run(folder)
+    output = options.output or folder / "evaluation.json"
+    check_output(output)
+    judge = load_judge(options.judge, options.judge_model) if options.judge else None
+    names = [name.strip() for name in (options.lm_eval or "").split(",") if name.strip()]
+    tasks = load_tasks(names, options.include_path) if names else []
+    run = FinishedRun(folder, options.weights)
+    pairs, rows = _pairs(run, options)
+    if not len(pairs) and (judge or not tasks):
+        raise UserError(
+            f"{folder} held nothing out, so there are no pairs to measure on. Name a file of rows "
+            "in --data_path, in any format that training reads; or train with data.eval_fraction "
+            "or data.eval_path."
+        )
+
+    def measured() -> Iterator[dict[str, Any]]:
+        if len(pairs):
+            yield {"held_out": {"rows": rows, **measure_pairs(run, pairs, options)}}
+        if judge:
+            file = output.parent / "judged.jsonl"
+            yield {"win_rate": measure_win_rate(run, pairs, judge, options, file)}
+        if tasks:
+            size, limit = options.batch_size, options.limit
+            yield {"lm_eval": run_harness(run, tasks, batch_size=size, limit=limit)}
+
+    about = {
+        "run": str(folder),
+        "weights": options.weights,
+        "sha256": file_sums(run.weights, "*.safetensors"),
+    }
+    how = {
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
+        "versions": _versions(bool(tasks)),
+    }
+    yield from _written(output, about, how, measured())
+
+
+def _written(
+    output: Path, about: dict[str, Any], how: dict[str, Any], measured: Iterator[dict[str, Any]]
+) -> Iterator[str]:
+    """Writes the file after each part that is measured; yields its tables, at last what is kept."""
+    was_there, earlier, now = output.exists(), _parts_of(output, about["sha256"]), {}
+    for part in measured:
+        now |= {name: figures | how for name, figures in part.items()}
+        output.write_text(json.dumps(about | earlier | now, indent=1) + "\n")
+        yield from map(str, evaluation_tables(part))
+    yield f"All figures are in {output}."
+    if kept := [name for name in earlier if name not in now]:
+        yield f"Of an earlier call: {', '.join(kept)}."
+    if anew := [name for name in earlier if name in now]:
+        yield f"Measured anew, in place of an earlier call's: {', '.join(anew)}."
+    if was_there and not earlier:
+        yield "What it held before was not measured on these weights, and is replaced."
+    not_finite: list[str] = []
+    json.loads(output.read_text(), parse_constant=not_finite.append)
+    if not_finite:
+        yield f"Not finite: {len(not_finite)} of them. Strict readers of JSON refuse the file."
+
+
+def _parts_of(output: Path, sums: dict[str, str]) -> dict[str, Any]:
+    """What an earlier call measured, if it measured the same weights."""
+    try:
+        old = json.loads(output.read_text())
+        return {name: old[name] for name in _PARTS if name in old} if old["sha256"] == sums else {}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or of something else
+        return {}
+
+
+def _pairs(run: FinishedRun, options: Options) -> tuple[Pairs, str]:
+    """The run's held-out pairs, or another file's by the run's template and lengths; in words."""
+    if options.data_path is None:
+        return run.data.held_out, "held out by the run"
+    data = replace(
+        run.config.data,
+        name_or_path=options.data_path,
+        format=options.data_format,
+        subset=None,
+        revision=None,
+        split="train",
+        eval_path=None,
+        eval_split="train",
+        eval_fraction=0.0,
+    )
+    loaded = load_data(replace(run.config, data=data), run.tokenizer)
+    return loaded.train, f"{options.data_path}: {loaded.summary[0].removeprefix('data: ')}"
+
+
+def measure_pairs(run: FinishedRun, pairs: Pairs, options: Options) -> dict[str, Any]:
+    """All figures of held-out pairs, by group; and whether the run had a reference."""
+    has_reference = choose_mode(run.config.reference.mode, run.policy) != "zero"
+    return {
+        "has_reference": has_reference,
+        "beta": run.config.loss.beta,
+        **group_figures(_columns(run, pairs, options), beta=run.config.loss.beta),
+    }
+
+
+def _columns(run: FinishedRun, pairs: Pairs, options: Options) -> Columns:
+    before = before_training(run)
+    how: dict[str, Any] = {
+        "tokens_per_microbatch": run.config.train.scoring_tokens,
+        "device": run.device,
+    }
+    logps = score_pairs(pairs, run.scorer, run.reference, **how)
+    started = logps
+    if before is not run.reference:
+        started = score_pairs(pairs, run.scorer, before, **how)
+    chosen = spread(len(pairs), options.prompts)
+    prompts = [pairs[int(i)].prompt_ids for i in chosen]
+    sampled = generate(run.policy.model, run.tokenizer, prompts, **_sampling(run, options, 1.0))
+    # A pair wants two answers; twice the same costs once.
+    answered = list(zip(prompts, sampled, sampled, strict=True))
+    log_ratios = np.full(len(pairs), np.nan)
+    log_ratios[chosen] = score_pairs(answered, run.scorer, before, **how).chosen_logratios.numpy()
+    columns = {name: np.array(values) for name, values in held_out_columns(pairs, logps).items()}
+    return columns | {
+        "before_chosen_logps": started.ref_chosen_logps.numpy(),
+        "before_rejected_logps": started.ref_rejected_logps.numpy(),
+        "sampled_log_ratios": log_ratios,
+    }
+
+
+def before_training(run: FinishedRun) -> Reference:
+    """Token log-probs of the model before training, also where the run had no reference."""
+    if choose_mode(run.config.reference.mode, run.policy) != "zero":
+        return run.reference
+    with run.before() as model:
+        scorer = Scorer(model, run.scorer.layout)
+
+    def score(stream: Stream) -> torch.Tensor:
+        with torch.no_grad(), run.before():
+            return scorer(stream)
+
+    return score
+
+
+def _sampling(run: FinishedRun, options: Options, temperature: float) -> dict[str, Any]:
+    template = choose_template(run.tokenizer, run.config.data.chat_template)
+    return {
+        "stop_ids": stop_ids(run.policy.model, run.tokenizer, template),
+        "max_new_tokens": options.max_new_tokens or run.config.train.eval_max_new_tokens,
+        "temperature": temperature,
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+    }
+
+
+def measure_win_rate(
+    run: FinishedRun,
+    pairs: Pairs,
+    judge: FunctionJudge | EndpointJudge,
+    options: Options,
+    file: Path,
+) -> dict[str, Any]:
+    """Both models answer the same prompts from the same seed, the judge compares; see `judges`."""
+    chosen = [int(i) for i in spread(len(pairs), options.prompts)]
+    prompts = [pairs[i].prompt_ids for i in chosen]
+    how = _sampling(run, options, options.temperature)
+    how["top_p"] = options.top_p
+    policy = generate(run.policy.model, run.tokenizer, prompts, **how)
+    with run.before() as model:
+        base = generate(model, run.tokenizer, prompts, **how)
+
+    def text(ids: Any) -> str:
+        return str(run.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    answers = [
+        Answers(
+            row=pairs.row_name(i),
+            prompt=str(run.tokenizer.decode(list(pairs[i].prompt_ids))),
+            chosen=text(pairs[i].chosen_ids),
+            base=text(by_base),
+            policy=text(by_policy),
+            base_length=len(by_base),
+            policy_length=len(by_policy),
+        )
+        for i, by_base, by_policy in zip(chosen, base, policy, strict=True)
+    ]
+    figures: dict[str, Any] = {"judge": options.judge, "judged_answers": str(file)}
+    unfinished = file.with_suffix(".part")  # what was judged before stays until all is judged now
+    figures |= win_rate_figures(answers, judge_all(judge, answers, unfinished))
+    unfinished.replace(file)
+    for side, written in (("base", base), ("policy", policy)):
+        figures[f"cut_{side}"] = sum(ids[-1] not in how["stop_ids"] for ids in written)
+        if options.judge == "exact_match":
+            right = sum(getattr(answer, side) == answer.chosen for answer in answers)
+            figures[f"exact_match_{side}"] = right / len(answers)
+    return figures
+
+
+def _versions(with_lm_eval: bool) -> dict[str, str]:
+    packages = ["torch", "transformers", "peft"] + ["lm_eval"] * with_lm_eval
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -1,0 +1,107 @@
+"""A finished run, loaded again: the policy with its trained weights, and what it was before.
+
+Merging, generating, evaluating and reporting all start from a run folder. It says everything: which
+model, which rows, which template; so none of them has to be told again, or told differently.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dpo.config import Config, parse
+from dpo.data.loader import Pairs, PreferenceData, load_data
+from dpo.data.stream import TokenizedPair
+from dpo.errors import UserError
+from dpo.evaluate.statistics import spread
+from dpo.model.load import Policy, load_policy, load_tokenizer, load_weights
+from dpo.model.reference import Frozen, Reference, adapter_off, build_reference, choose_mode
+from dpo.model.scorer import Scorer
+
+
+def read_run(folder: Path) -> Config:
+    """The configuration of a finished run.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (folder / "config.yaml").exists() or not (folder / "final").is_dir():
+        raise UserError(
+            f"{folder} holds no finished run: wanted a folder with config.yaml and final/. "
+            "Name the train.output_dir of one."
+        )
+    return parse(["--config", str(folder / "config.yaml")])
+
+
+class FinishedRun:
+    """The policy of a finished run, its reference, and the rows that it was trained and judged on.
+
+    Args:
+        folder: the run folder.
+        weights: which of its weights: `final`, `best` or `checkpoint-N`.
+
+    Raises:
+        UserError: the folder holds no finished run, or not these weights.
+    """
+
+    def __init__(self, folder: Path, weights: str = "final"):
+        self.folder, self.config = folder, read_run(folder)
+        self.weights = folder / weights
+        is_lora = self.config.model.adapter == "lora"
+        trained = "adapter_model.safetensors" if is_lora else "model*.safetensors"
+        if not list(self.weights.glob(trained)):
+            there = sorted({path.parent.name for path in folder.glob(f"*/{trained}")})
+            raise UserError(
+                f"{self.weights} holds no weights: wanted one of {', '.join(there)} of {folder}."
+            )
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.config.model)
+        self.policy: Policy = load_policy(self.config, self.device)
+        self.policy.model.eval()
+        self.scorer = Scorer(self.policy.model, self.config.model.attention)
+        load_weights(self.weights, self.policy.model)
+
+    @cached_property
+    def _before(self) -> Frozen | None:
+        """Loaded again, for a run that trained every weight; an adapter is switched off instead."""
+        if hasattr(self.policy.model, "peft_config"):
+            return None
+        return Frozen(load_policy(self.config, self.device).model, self.scorer.layout)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """What the run was trained against."""
+        mode = choose_mode(self.config.reference.mode, self.policy)
+        if mode == "frozen":
+            assert self._before is not None
+            return self._before
+        return build_reference(mode, self.scorer, self.policy, self.scorer.layout)
+
+    @contextmanager
+    def before(self) -> Iterator[nn.Module]:
+        """Inside, the model as it was before training; meanwhile an adapter is off."""
+        if self._before is not None:
+            yield self._before.model
+        else:
+            with adapter_off(self.policy):
+                yield self.policy.model
+
+    @cached_property
+    def data(self) -> PreferenceData:
+        """The run's rows, read again (the tokens are in the cache)."""
+        return load_data(self.config, self.tokenizer)
+
+    def some_pairs(self, wanted: int) -> tuple[Sequence[TokenizedPair], str]:
+        """Up to `wanted` pairs evenly over the held-out ones, and what they are, in words.
+
+        A run that held nothing out, as the article's, gives pairs that it trained on, and says so.
+        """
+        held_out = len(self.data.held_out) > 0
+        pairs: Pairs = self.data.held_out if held_out else self.data.train
+        chosen = pairs.select(spread(len(pairs), wanted))
+        name = "held-out" if held_out else "training (this run held nothing out)"
+        return chosen, f"{len(chosen)} {name} pairs"

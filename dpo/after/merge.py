@@ -1,0 +1,291 @@
+"""A finished run to a merged model: scored as trained, merged, scored again, written, read back.
+
+The measure is the log-prob of every answer token, under the trained policy and under the merge. A
+machine that holds the model once is enough: the policy is scored and let go before a base is
+loaded, each merge before the next, and the last before it is read back from the disk.
+"""
+
+import gc
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo.after.card import write_run_card
+from dpo.after.finished import FinishedRun, read_run
+from dpo.after.merge_error import (
+    HEADER,
+    MergeError,
+    Scores,
+    allowed,
+    measure,
+    refuse_wrong,
+    score,
+)
+from dpo.after.merged import cast, load_merge_base, merge_adapter, save_model, write_record
+from dpo.config import Config, ModelConfig
+from dpo.data.chat import choose_template, stop_ids
+from dpo.data.stream import TokenizedPair
+from dpo.errors import UserError
+from dpo.model.load import load_base
+from dpo.model.scorer import Scorer
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+BASES = ("auto", "dequantized", "16bit")
+_INT8_EPSILON = 2 / 127  # LLM.int8 rounds activations to 1/127 of a token's largest
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is kept of the trained policy: its scores and what they were made from, no weights.
+
+    Attributes:
+        config: the run's.
+        weights: folder of the trained weights.
+        tokenizer: the run's.
+        pairs: what is scored; `pairs_are` says what they are.
+        dtype: type of the weights that are not quantised.
+        device: where models are scored.
+        layout: of the scorer, the same for every model.
+        policy: scores with the adapter.
+        bare: scores of the same model without any adapter; None where every weight was trained.
+    """
+
+    config: Config
+    weights: Path
+    tokenizer: PreTrainedTokenizerBase
+    pairs: Sequence[TokenizedPair]
+    pairs_are: str
+    dtype: torch.dtype
+    device: torch.device
+    layout: Literal["shared", "padded"]
+    policy: Scores
+    bare: Scores | None
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that the run rendered its rows with."""
+        return choose_template(self.tokenizer, self.config.data.chat_template)
+
+    def score(self, model: nn.Module) -> Scores:
+        """Another model on the same pairs, by the same path."""
+        scorer = Scorer(model, attention=self.layout)
+        return score(scorer, self.pairs, self.config.train.scoring_tokens)
+
+    def measure(self, model: nn.Module, base: Scores | None) -> MergeError:
+        """Another model against the policy; `base` as in `merge_error.measure`."""
+        return measure(self.policy, self.bare, self.score(model), base)
+
+    def epsilon(self, dtype: torch.dtype) -> float:
+        """Of the coarsest type of the run and of a merge of that type."""
+        epsilons = [torch.finfo(kind).eps for kind in (self.dtype, dtype)]
+        if self.config.model.quantization == "int8":
+            epsilons.append(_INT8_EPSILON)
+        return max(epsilons)
+
+    def allowed(self, dtype: torch.dtype, base: Scores | None) -> float:
+        """The largest mean error of a merge of that type into that base."""
+        effect = self.policy.apart(self.bare) if self.bare else 0.0
+        apart = base.apart(self.bare) if base and self.bare else 0.0
+        return allowed(effect, self.epsilon(dtype), apart)
+
+
+def merge_run(
+    folder: Path,
+    output: Path,
+    *,
+    weights: str = "final",
+    base: str = "auto",
+    dtype: str = "auto",
+    num_pairs: int = 64,
+    max_shard_size: str = "5GB",
+    say: Callable[[str], object] = print,
+) -> None:
+    """Merges a run's adapter and writes the model that stands by itself, verified.
+
+    Args:
+        folder: the run folder.
+        output: where the model goes; it must not exist, and does not until all is verified.
+        weights: `final`, `best` or `checkpoint-N`.
+        base: `dequantized` or `16bit`, for a quantised run; auto takes the first.
+        dtype: type of the merged weights; auto takes the run's.
+        num_pairs: how many pairs are scored.
+        max_shard_size: of a safetensors file.
+        say: takes the account, piece by piece.
+
+    Raises:
+        UserError: no such run or weights, an output that exists, a base that the run has not.
+        RuntimeError: the merged model is not the trained policy; nothing of it is left.
+    """
+    bases = choose_bases(read_run(folder), base)
+    check_options(output, num_pairs, max_shard_size)
+    trained = score_trained(folder, weights, num_pairs)
+    merged_dtype = trained.dtype if dtype == "auto" else getattr(torch, dtype)
+    say(_introduction(trained, merged_dtype))
+    errors: dict[str, MergeError] = {}
+    for which in reversed(bases):  # the one that is written comes last, and stays
+        model = None
+        gc.collect()  # models are full of cycles; the trained policy goes here, too
+        model, base_scores = build_merged(trained, which, merged_dtype)
+        errors[which] = trained.measure(model, base_scores)
+        say(errors[which].row(which))
+    epsilon = trained.epsilon(merged_dtype)
+    at_most = trained.allowed(merged_dtype, base_scores)
+    refuse_wrong(errors[bases[0]], at_most, epsilon, f"merged ({bases[0]} base)")
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as aside:
+        unfinished = Path(aside) / "merged"
+        _save(trained, model, unfinished, max_shard_size)
+        del model
+        gc.collect()
+        errors["read back"] = trained.measure(_load_saved(trained, unfinished), base_scores)
+        say(errors["read back"].row("read back"))
+        same = 1.05 * errors[bases[0]].mean + 1e-5  # but for a device that adds in another order
+        refuse_wrong(errors["read back"], same, epsilon, "read back from the disk")
+        _describe(trained, unfinished, bases[0], _name(merged_dtype), errors)
+        os.rename(unfinished, output)
+    say(f"The merged model is in {output} ({bases[0]} base, {_name(merged_dtype)}), verified.")
+
+
+def choose_bases(config: Config, base: str) -> list[str]:
+    """The bases that are merged into and measured; the first is the one that is written.
+
+    Raises:
+        UserError: a choice of base for a run that has but one.
+    """
+    model = config.model
+    if model.quantization == "none":
+        if base != "auto":
+            raise UserError(
+                f"--base: got {base}, but model.quantization of this run was none: there is one "
+                "base. Leave --base out."
+            )
+        return ["trained" if model.adapter == "none" else "original"]
+    return ["16bit", "dequantized"] if base == "16bit" else ["dequantized", "16bit"]
+
+
+def check_options(output: Path, num_pairs: int, max_shard_size: str) -> None:
+    """Refuses, before any work, what would fail in the end.
+
+    Raises:
+        UserError: the output exists or cannot be made, or a number makes no sense.
+    """
+    if num_pairs < 1:
+        raise UserError(f"--pairs: got {num_pairs}, wanted at least 1: the merge is verified.")
+    if not re.fullmatch(r"\d+(KB|MB|GB)", max_shard_size):
+        raise UserError(f"--max_shard_size: got {max_shard_size!r}, wanted a size such as 5GB.")
+    if output.exists():
+        raise UserError(
+            f"--output: {output} exists, and nothing is overwritten. Name another folder, or move "
+            "it away. (To push what an earlier merge wrote there, give --push_to_hub.)"
+        )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        raise UserError(
+            f"--output: {output.parent} cannot be written to ({error.strerror}). Name another "
+            "folder."
+        ) from None
+
+
+def score_trained(folder: Path, weights: str, num_pairs: int) -> Trained:
+    """The trained policy's scores; its weights are let go."""
+    run = FinishedRun(folder, weights)
+    pairs, pairs_are = run.some_pairs(num_pairs)
+    model, budget, bare = run.policy.model, run.config.train.scoring_tokens, None
+    if hasattr(model, "peft_config"):
+        with model.disable_adapter():  # type: ignore[operator]
+            bare = score(run.scorer, pairs, budget)
+    return Trained(
+        config=run.config,
+        weights=run.weights,
+        tokenizer=run.tokenizer,
+        pairs=pairs,
+        pairs_are=pairs_are,
+        dtype=model.get_input_embeddings().weight.dtype,  # type: ignore[operator]
+        device=run.device,
+        layout=run.scorer.layout,
+        policy=score(run.scorer, pairs, budget),
+        bare=bare,
+    )
+
+
+def build_merged(
+    trained: Trained, which: str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, Scores | None]:
+    """The merged model, freshly loaded, in eval mode; and its base's scores, if that is another."""
+    if which == "trained":  # every weight: there is no adapter to merge
+        model = _load_saved(trained, trained.weights)
+        cast(model, trained.dtype, dtype)
+        return model, None
+    base = load_merge_base(trained.config, which, dtype, trained.device).eval()
+    scores = trained.score(base) if which == "16bit" else None
+    return merge_adapter(base, trained.weights, dtype), scores
+
+
+def _save(trained: Trained, model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
+    save_model(
+        model,
+        trained.tokenizer,
+        folder,
+        template=trained.template,
+        stops=stop_ids(model, trained.tokenizer, trained.template),
+        max_shard_size=max_shard_size,
+    )
+
+
+def _describe(
+    trained: Trained, folder: Path, base: str, dtype: str, errors: dict[str, MergeError]
+) -> None:
+    write_run_card(
+        folder,
+        trained.weights.parent,
+        trained.config,
+        weights=trained.weights.name,
+        base=base,
+        dtype=dtype,
+        errors=errors,
+        pairs_are=trained.pairs_are,
+        has_chat=trained.template is not None,
+    )
+    as_dicts = {name: asdict(error) for name, error in errors.items()}
+    write_record(folder, trained.weights, base, dtype, as_dicts)
+
+
+def _load_saved(trained: Trained, folder: Path) -> PreTrainedModel:
+    """A whole model as a user would load it: in the type that its files say."""
+    saved = ModelConfig(
+        name_or_path=str(folder),
+        dtype="auto",
+        quantization="none",
+        trust_remote_code=trained.config.model.trust_remote_code,
+    )
+    return load_base(saved, trained.device, str(folder)).eval()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _introduction(trained: Trained, dtype: torch.dtype) -> str:
+    quantization = trained.config.model.quantization
+    on = "" if quantization == "none" else f" on a base in {quantization}"
+    lines = [
+        f"{trained.weights}: trained in {_name(trained.dtype)}{on}. Scored by the trained policy: "
+        f"{trained.pairs_are}, {len(trained.policy.tokens)} answer tokens."
+    ]
+    if trained.bare:
+        effect = trained.policy.apart(trained.bare)
+        lines.append(f"The adapter moves their log-probs by {effect:.2g} nats each, on average.")
+        lines.append(f"Off the trained policy, merged in {_name(dtype)}, in nats:")
+    else:
+        lines.append("Every weight was trained: there is no adapter to merge.")
+        lines.append(f"Off the trained policy, in {_name(dtype)}, in nats:")
+    return "\n".join([*lines, HEADER])

@@ -1,0 +1,101 @@
+"""The first rows as messages and as tokens, marked by what is scored: look before you train."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from transformers import PreTrainedTokenizerBase
+
+from dpo.config import Config, resolve
+from dpo.data.audit import Audit
+from dpo.data.chat import ChatTokenizer, Limits, choose_template
+from dpo.data.formats import Message, Preference, RowError, to_preference
+from dpo.data.loader import choose_format, list_sources
+from dpo.data.sources import open_source
+from dpo.data.stream import TokenizedPair
+
+_DIM, _GREEN, _RED, _END = "\033[2m", "\033[32m", "\033[31m", "\033[0m"
+
+
+def preview_rows(
+    config: Config, tokenizer: PreTrainedTokenizerBase, count: int, *, colour: bool
+) -> Iterator[str]:
+    """The first `count` rows of the first source as training would see them, then the audit."""
+    data = config.data
+    source = list_sources(data)[0]
+    rows = open_source(
+        resolve(source.path), subset=data.subset, revision=data.revision, split=source.split
+    )
+    format = choose_format(rows, source.format)
+    audit = Audit()
+    limits = Limits(data.max_prompt_length, data.max_length, data.on_overlong)
+    chat = ChatTokenizer(tokenizer, choose_template(tokenizer, data.chat_template), limits, audit)
+    yield f"{rows.name}: format {format}"
+    for number, value in islice(rows, count):
+        audit.rows_read += 1
+        try:
+            preference = to_preference(value, format, where=rows.where(number))
+        except RowError as error:
+            audit.drop(error.reason, number)
+            continue
+        for row, pair in chat.tokenize([(number, preference)]):
+            audit.pairs_kept += 1
+            yield preview(row, preference, pair, tokenizer, colour=colour)
+    yield audit.summary()
+
+
+def preview(
+    row: object,
+    preference: Preference,
+    pair: TokenizedPair,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    colour: bool,
+) -> str:
+    """One row for a person: messages, tokens of prompt and answers, and counts.
+
+    With `colour`, scored tokens are green (chosen) or red (rejected) and the others dim; without,
+    tokens are divided by `|` and those that are not scored stand in round brackets.
+    """
+    lines = [f"=== row {row} ({preference.kind})"]
+    for name in ("prompt", "chosen", "rejected"):
+        lines += [f"--- {name}", *_messages(getattr(preference, name))]
+    answers = (
+        ("chosen", pair.chosen_ids, pair.chosen_scored, _GREEN),
+        ("rejected", pair.rejected_ids, pair.rejected_scored, _RED),
+    )
+    prompt = [False] * len(pair.prompt_ids)
+    lines += [
+        f"--- prompt: {len(prompt)} tokens, none scored",
+        _tokens(tokenizer, pair.prompt_ids, prompt, _GREEN if colour else ""),
+    ]
+    for name, ids, scored, paint in answers:
+        marks = [True] * len(ids) if scored is None else list(scored)
+        lines += [
+            f"--- {name}: {len(ids)} tokens, {sum(marks)} scored",
+            _tokens(tokenizer, ids, marks, paint if colour else ""),
+        ]
+    lines.append(
+        f"--- {pair.num_stream_tokens} tokens computed; both answers open alike for "
+        f"{pair.num_shared_answer_tokens}"
+    )
+    return "\n".join(lines)
+
+
+def _messages(said: list[Message] | str) -> list[str]:
+    if isinstance(said, str):
+        return [said]
+    return [f"[{message['role']}] {message['content']}" for message in said]
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], scored: list[bool], paint: str
+) -> str:
+    texts = [str(tokenizer.decode([token])) for token in ids]
+    if not paint:
+        marked = [t if is_scored else f"({t})" for t, is_scored in zip(texts, scored, strict=True)]
+        return "|".join(t.replace("\n", "\\n") for t in marked)
+    painted = [
+        f"{paint if is_scored else _DIM}{text.replace(chr(10), '⏎' + chr(10))}{_END}"
+        for text, is_scored in zip(texts, scored, strict=True)
+    ]
+    return "".join(painted)

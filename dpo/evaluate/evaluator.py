@@ -1,0 +1,171 @@
+"""The policy on held-out pairs and prompts: before, during and after training.
+
+Over all held-out pairs: the metrics of training. Over `eval_prompts` of their prompts, the policy
+answers twice. A sampled answer measures how far it has moved: `eval/kl` is the mean of
+log pi - log pi_ref over answers sampled from the policy at temperature 1, nats per answer, an
+unbiased estimate of KL(pi || pi_ref). A greedy answer is what a user would see: its length, a
+sample to read, and where the chosen answer is the only right one, whether it is right.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dpo.config import Config
+from dpo.data.chat import choose_template, stop_ids
+from dpo.data.loader import Pairs, micro_batches
+from dpo.data.stream import TokenizedPair, build_stream
+from dpo.evaluate.samples import generate
+from dpo.evaluate.statistics import spread
+from dpo.logps import pair_logps
+from dpo.losses import LOSSES, PairLogps
+from dpo.metrics import METRICS, pair_metrics
+from dpo.model.reference import Reference, Zero
+
+Answered = tuple[Sequence[int], Sequence[int], Sequence[int]]  # token ids: prompt and two answers
+
+
+@torch.no_grad()
+def score_pairs(
+    pairs: Sequence[TokenizedPair | Answered],
+    scorer: nn.Module,
+    reference: Reference,
+    *,
+    tokens_per_microbatch: int,
+    device: torch.device,
+) -> PairLogps:
+    """Log-probs of both answers of every pair, (pairs,) each, in the order given, on the CPU."""
+    items = [pair if isinstance(pair, TokenizedPair) else TokenizedPair(*pair) for pair in pairs]
+    num_tokens = [item.num_stream_tokens for item in items]
+    values = torch.zeros(len(fields(PairLogps)), len(items))
+    for positions in micro_batches(num_tokens, tokens_per_microbatch):
+        stream = build_stream([items[i] for i in positions]).to(device)
+        logps = pair_logps(scorer(stream), reference(stream), stream.sequence_ids, stream.num_pairs)
+        values[:, positions] = torch.stack([vars(logps)[f.name] for f in fields(logps)]).cpu()
+    return PairLogps(*values)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found.
+
+    Attributes:
+        metrics: by name, `eval/...`.
+        samples: one per prompt, the same prompts every time.
+        logps: of every held-out pair, in their order, on the CPU.
+    """
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+    logps: PairLogps
+
+
+@dataclass
+class Evaluator:
+    """Everything that an evaluation needs; every rank calls `evaluate`."""
+
+    config: Config
+    accelerator: Accelerator
+    model: nn.Module
+    scorer: nn.Module
+    reference: Reference
+    live_reference: Reference
+    tokenizer: PreTrainedTokenizerBase
+    held_out: Pairs
+    device: torch.device
+
+    def evaluate(self) -> Evaluation:
+        """All held-out pairs, and answers to some of their prompts."""
+        self.scorer.eval()
+        logps = self._score_held_out()
+        samples = self._answers() if self.config.train.eval_prompts else []
+        self.scorer.train()
+        loss = self.config.loss
+        losses = LOSSES[loss.type](logps, **loss.options)
+        means = pair_metrics(logps, losses, beta=loss.beta).mean(dim=1)
+        metrics: dict[str, float] = dict(zip(METRICS, means.tolist(), strict=True))
+        if samples and not isinstance(self.reference, Zero):  # else there is nothing to be far from
+            metrics["kl"] = _mean(samples, "log_ratio")
+        if samples:
+            metrics["lengths/generated"] = _mean(samples, "length")
+        if samples and self.config.train.eval_exact_match:
+            metrics["exact_match"] = _mean(samples, "is_right")
+        named = {f"eval/{name}": value for name, value in metrics.items()}
+        return Evaluation(named, samples, logps)
+
+    def _score_held_out(self) -> PairLogps:
+        """Each rank scores every so-manieth pair; all get the whole."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        mine = range(rank, len(self.held_out), ranks)
+        logps = self._score([self.held_out[i] for i in mine], self.reference)
+        rows = list(zip(mine, *(vars(logps)[f.name].tolist() for f in fields(logps)), strict=True))
+        every = sorted(gather_object(rows))
+        return PairLogps(*torch.tensor([values for _, *values in every]).unbind(1))
+
+    def _score(self, pairs: Sequence[TokenizedPair | Answered], reference: Reference) -> PairLogps:
+        budget = self.config.train.scoring_tokens
+        return score_pairs(
+            pairs, self.scorer, reference, tokens_per_microbatch=budget, device=self.device
+        )
+
+    def _answers(self) -> list[dict[str, Any]]:
+        train = self.config.train
+        indices = spread(len(self.held_out), train.eval_prompts)
+        mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+        pairs = [self.held_out[int(i)] for i in mine]
+        template = choose_template(self.tokenizer, self.config.data.chat_template)
+        options: dict[str, Any] = {
+            "stop_ids": stop_ids(self.model, self.tokenizer, template),
+            "max_new_tokens": train.eval_max_new_tokens,
+            "seed": train.seed,
+        }
+        prompts = [pair.prompt_ids for pair in pairs]
+        greedy, sampled = (
+            generate(self.model, self.tokenizer, prompts, temperature=t, **options)
+            for t in (0.0, 1.0)
+        )
+        # Scored as pairs of (sampled, greedy) answers; the sampled ones give the KL.
+        answered = list(zip(prompts, sampled, greedy, strict=True))
+        # Nobody will ask for these answers again: not through the cache.
+        log_ratios = self._score(answered, self.live_reference).chosen_logratios.tolist()
+        samples = [
+            {
+                "index": int(index),
+                "prompt": self.tokenizer.decode(list(pair.prompt_ids)),
+                "chosen": self._text(pair.chosen_ids),
+                "answer": self._text(answer),
+                "length": len(answer),
+                "is_right": list(answer) == list(pair.chosen_ids),
+                "log_ratio": log_ratio,
+            }
+            for index, pair, answer, log_ratio in zip(mine, pairs, greedy, log_ratios, strict=True)
+        ]
+        return sorted(gather_object(samples), key=lambda sample: sample["index"])
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def held_out_columns(pairs: Pairs, logps: PairLogps) -> dict[str, list[Any]]:
+    """A line of held_out.jsonl: names, lengths (tokens) and log-probs (nats) by pair."""
+    rows = range(len(pairs))
+    columns = {field.name: getattr(logps, field.name) for field in fields(logps)}
+    return {
+        "row": [pairs.row_name(i) for i in rows],
+        "source": [pairs.source_name(i) for i in rows],
+        "prompt_lengths": [len(pairs[i].prompt_ids) for i in rows],
+        **{
+            name: (values.int() if "lengths" in name else values).tolist()
+            for name, values in columns.items()
+        },
+    }
+
+
+def _mean(samples: list[dict[str, Any]], key: str) -> float:
+    return sum(float(sample[key]) for sample in samples) / len(samples)

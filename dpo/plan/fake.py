@@ -1,0 +1,169 @@
+"""A policy without numbers: what a model takes, to the byte, before any weight is loaded.
+
+Its tensors are fake: shapes and types that PyTorch propagates as it would compute. So config.json
+is enough, a 70B model fits a laptop, and every family, adapter and layout is measured by its own
+code instead of a formula. Quantised layers are run as plain ones of their compute type, which save
+the same activations; what they store is counted here.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from dpo.config import Config
+from dpo.data.stream import TokenizedPair, build_stream
+from dpo.errors import UserError
+from dpo.model.load import Policy, build_policy, checkpoint_layers, load_shape
+from dpo.model.reference import adapter_off
+from dpo.model.scorer import Scorer
+from dpo.plan.memory import PeakBytes, Saving
+
+QUANTIZATION_BLOCK = 64  # 4-bit weights that share one fp32 maximum (bitsandbytes' default)
+
+
+class FakePolicy:
+    """The policy that a configuration asks for, from config.json alone.
+
+    Attributes:
+        policy: with fake tensors; run it inside `mode`.
+        scorer: around it.
+    """
+
+    def __init__(self, config: Config):
+        self._quantization = config.model.quantization
+        self.policy = _without_numbers(config)
+        self.mode = FakeTensorMode()
+        with self.mode:
+            _to_fake(self.policy.model)
+            self.scorer = Scorer(self.policy.model, config.model.attention, has_numbers=False)
+            with torch.no_grad():
+                self._score_both(build_stream([([0], [0], [0])]))  # what is made once, is there now
+
+    @property
+    def base(self) -> nn.Module:
+        """The model without PEFT's wrapper; its layers may hold adapters."""
+        model: Any = self.policy.model
+        return model.get_base_model() if hasattr(model, "peft_config") else model
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that train."""
+        return [p for p in self.policy.model.parameters() if p.requires_grad]
+
+    def base_bytes(self, *, dequantized: bool = False) -> int:
+        """Of the base's weights, as they are stored; or of a 4-bit one in plain layers."""
+        layers = () if dequantized else self._quantised_layers()
+        quantised = {id(layer.weight): layer for layer in layers}
+        return sum(
+            _stored_bytes(quantised[id(p)], self._quantization) if id(p) in quantised else _bytes(p)
+            for name, p in self.base.named_parameters()
+            if "lora_" not in name
+        )
+
+    def adapter_bytes(self) -> int:
+        """Of LoRA's weights; of both adapters, where a frozen one is the reference."""
+        return sum(_bytes(p) for name, p in self.base.named_parameters() if "lora_" in name)
+
+    def cast_bytes(self) -> int:
+        """Of LoRA's weights in the model's type, where lean layers keep copies in it."""
+        kept = (getattr(p, "_cast_once", None) for p in self.base.parameters())
+        return sum(_bytes(state_and_copy[1]) for state_and_copy in kept if state_and_copy)
+
+    def dequantised_bytes(self) -> int:
+        """Of the largest weight as its product needs it; one is alive at a time."""
+        return max((_bytes(layer.weight) for layer in self._quantised_layers()), default=0)
+
+    def num_base_weights(self) -> int:
+        """How many numbers the base has."""
+        return sum(p.numel() for name, p in self.base.named_parameters() if "lora_" not in name)
+
+    def save_memory(self, saving: Saving) -> None:
+        """Puts into effect what is to be given up for memory."""
+        if saving.checkpoint_every:
+            checkpoint_layers(self.base, saving.checkpoint_every)  # type: ignore[arg-type]
+        self.scorer.tile_bytes = saving.tile_bytes
+
+    def step_bytes(self, pairs: Sequence[TokenizedPair]) -> int:
+        """What one micro-batch takes at its peak, beyond weights and gradients.
+
+        Saved activations, what comes and goes while they are there, and the head's tile.
+        """
+        with self.mode:
+            for parameter in self.trained:
+                parameter.grad = torch.zeros_like(parameter)
+            stream = build_stream(pairs)
+            with PeakBytes() as count:
+                self._score_both(stream).sum().backward()
+        return count.peak
+
+    def _score_both(self, stream: Any) -> torch.Tensor:
+        """Under the policy; then, for what it takes, under the reference."""
+        logps = self.scorer(stream)
+        with torch.no_grad():
+            if hasattr(self.policy.model, "peft_config"):
+                with adapter_off(self.policy):
+                    self.scorer(stream)
+            else:  # a frozen copy does the same
+                self.scorer(stream)
+        return logps
+
+    def _quantised_layers(self) -> Iterator[nn.Linear]:
+        """The linear layers that bitsandbytes takes: all but the head and the adapters."""
+        head = self.base.get_output_embeddings()  # type: ignore[operator]
+        for name, module in self.base.named_modules():
+            if module is head or "lora_" in name or self._quantization == "none":
+                continue
+            if isinstance(module, nn.Linear):
+                yield module
+
+
+def _without_numbers(config: Config) -> Policy:
+    shape = load_shape(config.model)
+    dtype = shape.dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    try:
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(
+                shape,
+                dtype=dtype or torch.float32,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+    except ValueError as error:
+        raise UserError(
+            f"model.name_or_path: got {config.model.name_or_path}, whose config.json describes no "
+            f"causal language model ({str(error).splitlines()[0]}). Name one."
+        ) from None
+    with warnings.catch_warnings():  # an adapter's numbers are read, and go nowhere
+        warnings.filterwarnings("ignore", message=".*to a meta parameter")
+        return build_policy(base.train(), config)
+
+
+def _to_fake(model: nn.Module) -> None:
+    """Puts a fake tensor of the same shape for each meta one; what was tied stays tied."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    is_parameter = isinstance(old, nn.Parameter)
+                    made[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
+                tensors[name] = made[id(old)]  # type: ignore[assignment]
+
+
+def _stored_bytes(layer: nn.Linear, quantization: str) -> int:
+    """Of a quantised weight: 4 bits and a maximum per block, or 8 bits and a scale per row."""
+    if quantization == "int8":
+        return layer.weight.numel() + 4 * layer.out_features
+    return layer.weight.numel() // 2 + 4 * math.ceil(layer.weight.numel() / QUANTIZATION_BLOCK)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

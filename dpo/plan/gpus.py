@@ -1,0 +1,65 @@
+"""GPUs by their data sheets, and how they are found by the names that drivers give them."""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU by its data sheet: memory in GiB, dense 16-bit tensor TFLOP/s with fp32 sums."""
+
+    memory_gib: float
+    tflops: float
+
+
+# Without sparsity, which doubles what some data sheets print. bfloat16; float16 on V100 and T4.
+GPUS: dict[str, Gpu] = {
+    "T4": Gpu(16.0, 65.0),
+    "V100-16": Gpu(16.0, 125.0),
+    "V100-32": Gpu(32.0, 125.0),
+    "A10": Gpu(24.0, 125.0),
+    "A10G": Gpu(24.0, 70.0),
+    "L4": Gpu(24.0, 121.0),
+    "RTX 3090": Gpu(24.0, 71.0),
+    "RTX 4090": Gpu(24.0, 165.0),
+    "RTX 5090": Gpu(32.0, 209.5),
+    "RTX A6000": Gpu(48.0, 155.0),
+    "RTX 6000 Ada": Gpu(48.0, 364.0),
+    "L40S": Gpu(48.0, 362.0),
+    "A100-40": Gpu(40.0, 312.0),
+    "A100-80": Gpu(80.0, 312.0),
+    "H100": Gpu(80.0, 989.0),
+    "H100 PCIe": Gpu(80.0, 756.0),
+    "H100 NVL": Gpu(94.0, 835.0),
+    "H200": Gpu(141.0, 989.0),
+    "B200": Gpu(180.0, 2250.0),
+    "MI250X": Gpu(128.0, 383.0),
+    "MI300X": Gpu(192.0, 1307.0),
+    "MI325X": Gpu(256.0, 1307.0),
+}
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """By a name of ours, or as drivers say it: "NVIDIA A100-SXM4-80GB". The most words win."""
+    given = _words(name)
+    fitting = [known for known in GPUS if _words(known) <= given and "mig" not in given]
+    return GPUS[max(fitting, key=lambda known: len(_words(known)))] if fitting else None
+
+
+def nearest_gpus(name: str) -> list[str]:
+    """Names of ours that an unknown one is part of, or else looks like."""
+    lower = {known.lower(): known for known in GPUS}
+    near = [known for known in lower if name.lower() in known]
+    near = near or difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.3)
+    return [lower[known] for known in near] if name else []
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Peak of the device that `torch.cuda.get_device_name()` names, None if it is not known."""
+    gpu = find_gpu(device_name)
+    return gpu.tflops if gpu else None
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall("[a-z0-9]+", name.lower().replace("gb", "")))

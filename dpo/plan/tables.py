@@ -1,0 +1,172 @@
+"""The plan of a run as tables, for a person who is about to pay for the GPU.
+
+Time rests on one assumption, the share of the GPU's peak that is reached, and says so.
+"""
+
+import math
+from collections.abc import Iterator
+
+from dpo.config import Config
+from dpo.plan.fake import FakePolicy
+from dpo.plan.flops import Costs, Work, costs
+from dpo.plan.gpus import Gpu
+from dpo.plan.memory import MOST_TOKENS, SAVINGS, SHARE
+from dpo.plan.plan import (
+    Budget,
+    Sample,
+    bytes_per_token,
+    choose_base,
+    choose_budget,
+    disk_parts,
+    mean_work,
+    memory_parts,
+    pairs_per_step,
+    total_steps,
+)
+from dpo.table import Row, Table
+
+ALLOWANCE_GIB = 2.0  # CUDA's context, the driver's and ECC's share, the allocator's gaps
+
+
+def plan_tables(config: Config, gpu: Gpu, sample: Sample, *, mfu: float) -> Iterator[Table]:
+    """Lengths; memory; FLOPs and time, at the share `mfu` of the GPU's peak; disk."""
+    steps = total_steps(config, sample)
+    fake = FakePolicy(config)
+    yield _lengths_table(sample)
+    memory = (gpu.memory_gib - ALLOWANCE_GIB) * 2**30
+    dequantized, reason = choose_base(config, memory, sample.pairs, fake)
+    parts = memory_parts(fake, config, dequantized=dequantized)
+    left = memory - sum(parts.values())
+    budget = choose_budget(fake, config, left, sample)
+    model_costs, pair = costs(fake.policy.model), mean_work(fake, sample, budget)
+    at_once = min(budget.tokens, math.ceil(pairs_per_step(config) * sample.mean(sample.tokens)))
+    verdict = [*([reason] if reason else []), *_verdict(config, fake, sample, left, budget)]
+    yield _memory_table(gpu, parts, at_once, at_once * budget.bytes_per_token, verdict)
+    yield _costs_table(config, gpu, model_costs, pair, steps, mfu)
+    yield _disk_table(disk_parts(config, fake, sample, steps))
+
+
+def _lengths_table(sample: Sample) -> Table:
+    def row(name: str, numbers: list[int]) -> Row:
+        return name, f"{sum(numbers) / len(numbers):.1f}", str(max(numbers))
+
+    pairs = sample.pairs
+    rows: list[Row] = [
+        (f"tokens of a pair, {sample.origin}", "mean", "longest"),
+        row("prompt", [len(pair.prompt_ids) for pair in pairs]),
+        row("chosen", [len(pair.chosen_ids) for pair in pairs]),
+        row("rejected", [len(pair.rejected_ids) for pair in pairs]),
+        row("computed, what both share once", sample.tokens),
+        row("scored", [pair.num_scored_tokens for pair in pairs]),
+    ]
+    return Table(rows)
+
+
+def _memory_table(
+    gpu: Gpu, parts: dict[str, int], tokens: int, activations: float, verdict: list[str]
+) -> Table:
+    """`tokens` at once: the budget, or all of a step where that is less."""
+    everything = ALLOWANCE_GIB * 2**30 + sum(parts.values()) + activations
+    rows: list[Row] = [("memory", "GiB"), *((part, _gib(size)) for part, size in parts.items())]
+    rows += [
+        (f"activations of {tokens} tokens, and the head's tile", _gib(activations)),
+        ("context and fragmentation (allowance, not measured)", f"{ALLOWANCE_GIB:.2f}"),
+        ("sum", _gib(everything)),
+        ("the GPU has", f"{gpu.memory_gib:.2f}"),
+    ]
+    return Table(rows, notes=verdict)
+
+
+def _verdict(
+    config: Config, fake: FakePolicy, sample: Sample, left: float, budget: Budget
+) -> Iterator[str]:
+    """What fits, in sentences; the last thing to ask of `fake`, whose layers may be changed."""
+    if left <= 0:
+        yield f"DOES NOT FIT: {_gib(-left)} GiB are missing before the first token."
+        return
+    per_token = f"{budget.bytes_per_token / 2**20:.3g} MiB"
+    yield f"A token takes {per_token} with {budget.saving}; {_gib(left)} GiB are left."
+    is_auto = config.train.tokens_per_microbatch == "auto"
+    how = (
+        f"auto: {SHARE} of what is left, at most {MOST_TOKENS['cuda']}"
+        if is_auto
+        else "as configured"
+    )
+    yield f"Token budget of a micro-batch: {budget.tokens} ({how})."
+    fit = int(left / budget.bytes_per_token)
+    if budget.tokens > fit:
+        yield f"DOES NOT FIT: {fit} tokens would. Set train.tokens_per_microbatch to auto."
+    longest = {
+        "The longest pair of these": max(sample.tokens),
+        "The longest that data.max_length allows": 2 * config.data.max_length - 3,
+    }
+    for name, tokens in longest.items():
+        yield f"{name} has {tokens} tokens and {'fits' if tokens <= fit else 'DOES NOT FIT'}."
+    if max(longest.values()) > fit and budget.saving != SAVINGS[-1]:
+        fake.save_memory(SAVINGS[-1])
+        most = int(left / bytes_per_token(fake, sample.pairs))
+        yield f"With {SAVINGS[-1]} a pair of up to {most} tokens fits."
+
+
+def _costs_table(
+    config: Config, gpu: Gpu, model_costs: Costs, pair: Work, steps: int, mfu: float
+) -> Table:
+    """Of a pair by part, of a step and of the run; beside it with the reference on disk."""
+    live, cached = (model_costs.flops(pair, live_reference=is_live) for is_live in (True, False))
+    if config.reference.mode == "zero":
+        live = cached
+    pairs = pairs_per_step(config)
+    rows: list[Row] = [("FLOPs", "reference each step", "reference cached")]
+    for name, part in (
+        ("policy forward, a pair", "forward"),
+        ("policy backward", "backward"),
+        ("computed again: checkpointing", "recomputed"),
+        ("head of the policy", "head"),
+        ("reference", "reference"),
+        ("a pair", "total"),
+    ):
+        rows.append((name, *(_flops(getattr(flops, part)) for flops in (live, cached))))
+    totals = (live.total, cached.total)
+    for name, number in ((f"a step of {pairs} pairs", pairs), (f"{steps} steps", pairs * steps)):
+        rows.append((name, *(_flops(total * number) for total in totals)))
+    rate = gpu.tflops * 1e12 * mfu
+    for name, number in (("time of a step", pairs), ("time of the run", pairs * steps)):
+        rows.append((name, *(_duration(total * number / rate) for total in totals)))
+    note = (
+        f"Time assumes {mfu:.0%} of {gpu.tflops:g} TFLOP/s (--mfu): an assumption, not measured. "
+        "Not in it: loading, tokenising, evaluation."
+    )
+    return Table(rows, notes=[note])
+
+
+def _disk_table(parts: dict[str, int]) -> Table:
+    return Table([("disk", ""), *((name, _size(size)) for name, size in parts.items())])
+
+
+def _gib(size: int | float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def _size(size: int | float) -> str:
+    unit, name = next((u for u in _UNITS if size >= u[0]), _UNITS[-1])
+    return f"{size / unit:.3g} {name}"
+
+
+_UNITS = [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")]
+
+
+def _flops(number: float) -> str:
+    """With a unit that leaves up to three digits before the point."""
+    if not number:
+        return "-"
+    unit, name = next((u for u in _FLOP_UNITS if number >= u[0]), _FLOP_UNITS[-1])
+    return f"{number / unit:.2f} {name}"
+
+
+_FLOP_UNITS = [(1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,217 @@
+"""Which charts a run's report has: the article's curves, and what the held-out pairs look like."""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from dpo.evaluate.statistics import spread
+from dpo.report.charts import Chart, Series, curve, number
+from dpo.report.logs import Line, RunLogs
+
+MAX_SCATTERED = 400  # pairs in the chart of reward against length, evenly over all of them
+_LN_2 = math.log(2)
+
+# Title, metrics without their prefix, whether a share, and how to read it. A metric of training is
+# drawn as a thin line, the same one on held-out pairs with markers.
+_CURVES: tuple[tuple[str, tuple[str, ...], bool, str], ...] = (
+    ("Loss", ("loss",), False, "Mean over pairs. It starts where policy and reference agree."),
+    (
+        "Rewards",
+        ("rewards/chosen", "rewards/rejected"),
+        False,
+        "Beta times the log-ratio: log-prob under the policy minus that under the reference. The "
+        "two should drift apart.",
+    ),
+    ("Reward margin", ("rewards/margins",), False, "Reward of chosen minus reward of rejected."),
+    (
+        "Reward accuracy",
+        ("rewards/accuracies",),
+        True,
+        "Share of pairs whose chosen answer has the higher reward. 50% is chance; where policy and "
+        "reference agree all rewards tie, which counts as 0%.",
+    ),
+    ("Learning rate", ("learning_rate",), False, "Of the step's update."),
+    ("Gradient norm", ("grad_norm",), False, "Before clipping."),
+    (
+        "Log-probs of the answers",
+        ("logps/chosen", "logps/rejected"),
+        False,
+        "Nats, summed over an answer's tokens. Both often fall; DPO only asks that the gap grows.",
+    ),
+    (
+        "KL to the reference",
+        ("kl",),
+        False,
+        "Nats per answer, over answers sampled from the policy: how far it has moved.",
+    ),
+    ("Answers that are right", ("exact_match",), True, "Greedy answers equal to the right one."),
+    (
+        "Ranking accuracy",
+        ("ranking_accuracy",),
+        True,
+        "Share of pairs whose chosen answer is the more probable one, without the reference.",
+    ),
+    ("Length of answers", ("lengths/generated",), False, "Tokens of the greedy answers, mean."),
+)
+_SPEED: tuple[tuple[str, tuple[str, ...], bool, str], ...] = (
+    ("Tokens per second", ("tokens_per_second",), False, "Through the policy, over all devices."),
+    ("Pairs per second", ("pairs_per_second",), False, "Over all devices."),
+    (
+        "Memory",
+        ("memory_gib",),
+        False,
+        "GiB, the peak so far: allocated on a GPU, or resident on a CPU.",
+    ),
+)
+
+
+def training_curves(run: RunLogs) -> list[Chart]:
+    """The curves of the article, and those that tell whether to believe them."""
+    return _curves(run, _CURVES)
+
+
+def speed_curves(run: RunLogs) -> list[Chart]:
+    """Throughput and memory."""
+    return _curves(run, _SPEED)
+
+
+def _curves(run: RunLogs, wanted: Sequence[tuple[str, tuple[str, ...], bool, str]]) -> list[Chart]:
+    charts = []
+    for title, keys, percent, note in wanted:
+        series = list(_train_and_held_out(run, keys, percent))
+        if series:
+            level = (_LN_2, "ln 2") if keys == ("loss",) and _starts_at_ln_2(series) else None
+            charts.append(
+                Chart(title=title, series=series, note=note, percent=percent, level=level)
+            )
+    return charts
+
+
+def _train_and_held_out(run: RunLogs, keys: tuple[str, ...], percent: bool) -> Iterator[Series]:
+    for prefix, where in (("train", "training"), ("eval", "held out")):
+        for key in keys:
+            steps, values = run.values(f"{prefix}/{key}")
+            if not steps:
+                continue
+            side = key.rpartition("/")[2]
+            is_side = side in ("chosen", "rejected")
+            colour = side if is_side else "train" if prefix == "train" else "held-out"
+            yield curve(
+                steps,
+                values,
+                name=f"{side}, {where}" if is_side else where,
+                colour=colour,
+                line="--" if side == "rejected" else "-",
+                marker="" if prefix == "train" else "s" if side == "rejected" else "o",
+                percent=percent,
+            )
+
+
+def _starts_at_ln_2(series: Sequence[Series]) -> bool:
+    """Not so for a loss of another scale, or without a reference."""
+    return abs(float(series[-1].y[0]) - _LN_2) < 0.02
+
+
+def held_out_charts(run: RunLogs) -> list[Chart]:
+    """Margins, log-prob gaps before and after, and reward against length, pair by pair."""
+    if not run.held_out or run.beta is None or not run.held_out[-1]["row"]:
+        return []
+    before, after = run.held_out
+    lines = [after] if before["step"] == after["step"] else [after, before]
+    rewards = [pair_rewards(line, run.beta) for line in lines]
+    margins = [sides["chosen"] - sides["rejected"] for sides in rewards]
+    gaps = [
+        np.subtract(line["policy_chosen_logps"], line["policy_rejected_logps"]) for line in lines
+    ]
+    # All in one bar, as they are wherever there is a reference: a line says it better.
+    started_at_0 = len(margins) == 2 and not margins[1].any()
+    before_said = (
+        "Before training the margin of every pair was 0, by definition: the policy was the "
+        "reference. "
+    )
+    return [
+        Chart(
+            title="Reward margins, pair by pair",
+            note=f"After step {after['step']}. {before_said if started_at_0 else ''}"
+            "Left of 0 are the pairs ranked wrong.",
+            series=_histograms(margins[:1] if started_at_0 else margins),
+            x_label="reward margin",
+            mark=(0.0, "before: 0" if started_at_0 else ""),
+        ),
+        Chart(
+            title="Chosen against rejected",
+            note="Log-prob of chosen minus log-prob of rejected under the policy alone, nats. "
+            "Right of 0 it would rather write the chosen answer.",
+            series=_histograms(gaps),
+            x_label="nats",
+            mark=(0.0, ""),
+        ),
+        _reward_against_length(after, rewards[0]),
+    ]
+
+
+def pair_rewards(line: Line, beta: float) -> dict[str, np.ndarray]:
+    """Implicit rewards of chosen and rejected, (pairs,) each, from a line of held_out.jsonl."""
+    return {
+        side: beta * np.subtract(line[f"policy_{side}_logps"], line[f"ref_{side}_logps"])
+        for side in ("chosen", "rejected")
+    }
+
+
+def _histograms(groups: Sequence[np.ndarray]) -> list[Series]:
+    """Counts of the values after, and before where there are any, in bins that they share."""
+    everything = np.concatenate(groups)
+    everything = everything[np.isfinite(everything)]
+    edges = np.histogram_bin_edges(everything, bins=min(30, 5 + len(everything) // 5))
+    looks = (("after", "held-out", "-"), ("before", "ink", "--"))
+    series = []
+    for (name, colour, line), values in zip(looks, groups, strict=False):
+        counts = np.histogram(values, edges)[0].tolist()
+        series.append(
+            Series(
+                name=name,
+                colour=colour,
+                line=line,
+                x=((edges[:-1] + edges[1:]) / 2).tolist(),
+                y=counts,
+                at=[f"{low:.3g} to {high:.3g}" for low, high in pairwise(edges)],
+                text=[f"{count} pair{'s' * (count != 1)}" for count in counts],
+                edges=edges.tolist(),
+            )
+        )
+    return series
+
+
+def _reward_against_length(line: Line, rewards: dict[str, np.ndarray]) -> Chart:
+    total = len(line["row"])
+    shown = spread(total, MAX_SCATTERED)
+    series = []
+    for side, marker in (("chosen", "o"), ("rejected", "s")):
+        lengths = [line[f"{side}_lengths"][i] for i in shown]
+        values = [float(rewards[side][i]) for i in shown]
+        series.append(
+            Series(
+                name=side,
+                colour=side,
+                line="",
+                marker=marker,
+                x=lengths,
+                y=values,
+                at=[
+                    f"row {line['row'][i]}, {n:g} tokens"
+                    for i, n in zip(shown, lengths, strict=True)
+                ],
+                text=[number(value) for value in values],
+            )
+        )
+    thinned = "" if len(shown) == total else f" {len(shown)} of {total} pairs, evenly over them."
+    return Chart(
+        title="Reward against length",
+        note="One point an answer. A slope means that length itself is rewarded." + thinned,
+        series=series,
+        x_label="tokens",
+        pick="point",
+        level=(0.0, ""),
+    )

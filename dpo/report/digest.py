@@ -1,0 +1,259 @@
+"""What a run's report says in words and tables."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from dpo.config import Config
+from dpo.evaluate.diagnostics import Finding, diagnose
+from dpo.report.charts import number
+from dpo.report.length_bias import length_bias
+from dpo.report.logs import Line, RunLogs
+
+SAMPLES_SHOWN = 3  # of each kind
+
+# Held-out figures before and after: metric, name, what it is, format.
+_FIGURES = (
+    ("eval/exact_match", "Right answers", "share of greedy answers that are right", ".1%"),
+    (
+        "eval/rewards/accuracies",
+        "Reward accuracy",
+        "share of pairs whose chosen answer has the higher reward; where policy and reference "
+        "agree all rewards tie, which counts as 0%",
+        ".1%",
+    ),
+    (
+        "eval/ranking_accuracy",
+        "Ranking accuracy",
+        "share of pairs whose chosen answer is the more probable one, without the reference",
+        ".1%",
+    ),
+    ("eval/rewards/margins", "Reward margin", "reward of chosen minus reward of rejected", ".3f"),
+    ("eval/loss", "Loss", "mean over pairs", ".4f"),
+    ("eval/kl", "KL to the reference", "nats per answer that the policy writes", ".2f"),
+    ("eval/lengths/generated", "Answer length", "tokens of the greedy answers, mean", ".1f"),
+    ("eval/logps/chosen", "Log-prob of chosen", "nats for the whole answer, mean", ".2f"),
+    ("eval/logps/rejected", "Log-prob of rejected", "nats for the whole answer, mean", ".2f"),
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row of the table before and after, as text."""
+
+    name: str
+    what: str
+    before: str
+    after: str
+    change: str
+
+
+def figures(run: RunLogs) -> list[Figure]:
+    """Those held-out figures that the run has, before and after training."""
+    if len(run.evaluations) < 2:
+        return []
+    before, after = run.evaluations[0], run.evaluations[-1]
+    return [
+        Figure(
+            name,
+            what,
+            format(before[key], shape),
+            format(after[key], shape),
+            _change(after[key] - before[key], shape),
+        )
+        for key, name, what, shape in _FIGURES
+        if key in before and key in after
+    ]
+
+
+def _change(difference: int | float, shape: str) -> str:
+    if shape.endswith("%"):
+        return f"{100 * difference:+.1f} points"
+    return format(difference, f"+{shape}")
+
+
+def opening(run: RunLogs) -> list[str]:
+    """Model, rows, loss and length of the run, as far as they are known."""
+    model, data, loss = (run.config.get(section, {}) for section in ("model", "data", "loss"))
+    parts = [model.get("name_or_path", ""), shown(data.get("name_or_path", ""))]
+    if run.beta is not None:
+        parts.append(f"{loss['type']} loss, beta {run.beta:g}")
+    if run.metrics:
+        last = max(line["step"] for line in run.metrics)
+        parts.append(f"{last} step{'s' * (last != 1)}")
+    return [part for part in parts if part]
+
+
+def shown(value: Any) -> str:
+    """A configured value in one line."""
+    if isinstance(value, list):
+        return ", ".join(map(shown, value))
+    if isinstance(value, dict):
+        return " ".join(f"{key} {shown(part)}" for key, part in value.items())
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def verdict(run: RunLogs) -> str:
+    """What came of it in a sentence: by the truth where it is known, else by held-out pairs."""
+    if len(run.evaluations) >= 2:
+        return _held_out_verdict(run, run.evaluations[0], run.evaluations[-1])
+    _, losses = run.values("train/loss")
+    if not losses:
+        return "Nothing has been logged yet."
+    return (
+        "No held-out pair was looked at before and after, so this can only say how the training "
+        f"pairs were fitted: loss {number(losses[0])} at first, {number(losses[-1])} at last."
+    )
+
+
+def _held_out_verdict(run: RunLogs, before: Line, after: Line) -> str:
+    """A difference between shares counts when it is larger than two standard errors."""
+    accuracy, pairs = after["eval/rewards/accuracies"], run.data_report.get("pairs_held_out", 0)
+    ranks = f"the rewards rank {accuracy:.1%} of {pairs or 'the'} held-out pairs as labelled"
+    away = ""
+    if "eval/kl" in after:
+        away = f"; the policy is {after['eval/kl']:.2f} nats of KL per answer from its reference"
+    if "eval/exact_match" in before and "eval/exact_match" in after:
+        asked = sum(line["step"] == after["step"] for line in run.samples) or 1
+        return _verdict_by_truth(run.evaluations, asked) + f" {ranks.capitalize()}{away}."
+    if not _has_reference(run):
+        ranked, was = after["eval/ranking_accuracy"], before["eval/ranking_accuracy"]
+        return (
+            f"Trained without a reference: the policy ranks {ranked:.1%} of {pairs or 'the'} "
+            f"held-out pairs as labelled, {was:.1%} before training."
+        )
+    if abs(accuracy - 0.5) <= 2 * math.sqrt(0.25 / (pairs or 1)):
+        return f"No clear sign that the preference was learned: {ranks}, and chance is 50%{away}."
+    learned = "The policy learned the preference" if accuracy > 0.5 else "It learned the opposite"
+    return f"{learned}: {ranks}, where chance is 50%{away}."
+
+
+def _verdict_by_truth(evaluations: list[Line], asked: int) -> str:
+    """By the share of right answers to `asked` prompts; a better one on the way is said too."""
+    key = "eval/exact_match"
+    old, new = evaluations[0][key], evaluations[-1][key]
+    best = max(evaluations, key=lambda line: line[key])
+    clear = "better" if new > old else "worse"
+    became = clear if _differ(old, new, asked) else "neither clearly better nor worse"
+    was_better = f" At step {best['step']} it had been {best[key]:.1%}."
+    return (
+        f"The policy became {became}: {new:.1%} of its answers to held-out prompts are right, "
+        f"{old:.1%} before training.{was_better if _differ(best[key], new, asked) else ''}"
+    )
+
+
+def _differ(one: float, other: float, count: int) -> bool:
+    """Whether two shares of `count` differ by more than two standard errors."""
+    return abs(one - other) > 2 * math.sqrt((one * (1 - one) + other * (1 - other)) / count)
+
+
+def findings(run: RunLogs) -> list[Finding]:
+    """What the metrics give away, and what the lengths of the answers do."""
+    beta = run.beta if _has_reference(run) else None
+    return [*diagnose(run.metrics, beta), *length_bias(run)]
+
+
+def _has_reference(run: RunLogs) -> bool:
+    return run.config.get("reference", {}).get("mode") != "zero"
+
+
+def token_pairs(run: RunLogs) -> tuple[list[Line], float]:
+    """Pairs with their answers as (text, reward, strength from -1 to 1), and the scale's end.
+
+    The scale ends at the 98th percentile of the absolute rewards: one outlier would wash out all
+    others. A piece without text, such as half a character, is added to the next: rewards add up.
+    """
+    rewards = [
+        abs(reward)
+        for pair in run.token_rewards
+        for side in ("chosen", "rejected")
+        for reward in pair[side]["rewards"]
+        if reward is not None
+    ]
+    end = float(np.quantile(rewards, 0.98)) if rewards else 0.0
+    pairs = []
+    for pair in run.token_rewards:
+        answers = {side: _answer(pair[side], end) for side in ("chosen", "rejected")}
+        pairs.append({**pair, **answers})
+    return pairs, end
+
+
+def _answer(answer: Line, end: float) -> dict[str, Any]:
+    pieces: list[tuple[str, float | None, float]] = []
+    held: list[float] = []
+    for text, reward in zip(answer["tokens"], answer["rewards"], strict=True):
+        held += [] if reward is None else [reward]
+        if text:
+            total = sum(held) if held else None
+            strength = max(-1.0, min(1.0, (total or 0.0) / end)) if end else 0.0
+            pieces.append((text, total, strength))
+            held = []
+    if held:
+        pieces.append(("\N{REPLACEMENT CHARACTER}", sum(held), 0.0))
+    return {"pieces": pieces, "sum": sum(r for r in answer["rewards"] if r is not None)}
+
+
+def samples_by_kind(run: RunLogs) -> list[dict[str, Any]]:
+    """Prompts with the answers of the first and the last evaluation, some of each kind.
+
+    Where one answer is right, the kinds are broken, still wrong, fixed and right both times; else
+    there is one kind. Each: `{"name", "count", "rows": [(before, after), ...]}`.
+    """
+    if not run.samples:
+        return []
+    first, last = run.samples[0]["step"], run.samples[-1]["step"]
+    before = {line["index"]: line for line in run.samples if line["step"] == first}
+    after = [line for line in run.samples if line["step"] == last and line["index"] in before]
+    rows = [(before[line["index"]], line) for line in after]
+    if not run.has_one_right_answer:
+        return [{"name": "", "count": len(rows), "rows": rows[: 3 * SAMPLES_SHOWN]}]
+    kinds = (
+        ("Right before, wrong now", True, False),
+        ("Wrong before and now", False, False),
+        ("Wrong before, right now", False, True),
+        ("Right before and now", True, True),
+    )
+    return [
+        {"name": name, "count": len(of_kind), "rows": of_kind[:SAMPLES_SHOWN]}
+        for name, was, is_now in kinds
+        if (
+            of_kind := [
+                row for row in rows if (row[0]["is_right"], row[1]["is_right"]) == (was, is_now)
+            ]
+        )
+    ]
+
+
+def changed_keys(run: RunLogs) -> list[tuple[str, str, str]]:
+    """(key, value, default) of every configured value that is not the default."""
+    defaults = asdict(Config())
+    return [
+        (f"{section}.{key}", shown(value), shown(defaults.get(section, {}).get(key)))
+        for section, keys in run.config.items()
+        for key, value in keys.items()
+        if value != defaults.get(section, {}).get(key)
+    ]
+
+
+def audits(report: Line) -> list[tuple[str, Line, list[tuple[str, str, int, Sequence[Any]]]]]:
+    """(whose rows, counts, [(what happened, why, count, row numbers)]) for each audited source."""
+    sources = [("Training rows", report)] if report else []
+    if "held_out_source" in report:
+        sources.append(("Held-out rows", report["held_out_source"]))
+    return [
+        (
+            name,
+            source,
+            [
+                (tally, why, entry["count"], entry["rows"])
+                for tally in ("dropped", "cut", "noted")
+                for why, entry in source.get(tally, {}).items()
+            ],
+        )
+        for name, source in sources
+    ]

@@ -1,0 +1,116 @@
+"""What a run came to, as one HTML file that needs nothing but itself.
+
+`write_report` reads only the files of the run folder, whichever are there, and loads no model.
+`write_comparison` puts several runs beside each other. Both are made for a phone, dark mode, a
+keyboard, a screen reader and paper. Nothing is fetched, and the page's own policy forbids it; all
+text is escaped, since rows and models can say anything.
+
+Left out on purpose: a charting library in the page. matplotlib draws; the script only reads out.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo.errors import UserError
+from dpo.report import comparison, curves, digest
+from dpo.report.charts import Chart, number
+from dpo.report.drawing import Drawing, draw
+from dpo.report.evaluation_tables import evaluation_tables
+from dpo.report.length_bias import length_rows
+from dpo.report.logs import read_logs
+
+TEXT_SHOWN = 600  # characters of a prompt or an answer; the rest is folded
+_BESIDE = Path(__file__).parent
+
+
+def write_report(run_folder: Path, output: Path | None = None) -> Path:
+    """Writes the report of a run, by default as `report.html` into its folder; returns its path.
+
+    Raises:
+        UserError: the folder holds no run, a file in it is broken, or the page cannot be written.
+    """
+    run = read_logs(run_folder)
+    charts = {
+        "curves": curves.training_curves(run),
+        "pairs": curves.held_out_charts(run),
+        "speed": curves.speed_curves(run),
+    }
+    token_pairs, scale_end = digest.token_pairs(run)
+    page = _render(
+        "report.html.j2",
+        charts,
+        run=run,
+        opening=digest.opening(run),
+        verdict=digest.verdict(run),
+        figures=digest.figures(run),
+        findings=digest.findings(run),
+        token_pairs=token_pairs,
+        scale_end=scale_end,
+        sample_kinds=digest.samples_by_kind(run),
+        length_rows=length_rows(run),
+        evaluation=list(evaluation_tables(run.evaluation)),
+        audits=digest.audits(run.data_report),
+        changed=digest.changed_keys(run),
+        config_text=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
+    )
+    return _write(output or run_folder / "report.html", page)
+
+
+def write_comparison(run_folders: Sequence[Path], output: Path) -> Path:
+    """Writes one page that puts several runs beside each other; returns its path.
+
+    Raises:
+        UserError: as `write_report`, or there are fewer than two runs.
+    """
+    if len(run_folders) < 2:
+        raise UserError(f"got {len(run_folders)} run to compare, wanted two or more. Name them.")
+    runs = comparison.name_apart([read_logs(folder) for folder in run_folders], run_folders)
+    charts = {
+        "frontier": comparison.frontier(runs),
+        "curves": comparison.overlaid_curves(runs),
+    }
+    page = _render(
+        "comparison.html.j2",
+        charts,
+        runs=runs,
+        differing=comparison.differing_keys(runs),
+        results=comparison.results(runs),
+        have_one_loss=comparison.have_one_loss(runs),
+    )
+    return _write(output, page)
+
+
+def _render(template: str, charts: dict[str, list[Chart]], **context: Any) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    pages = Environment(
+        loader=FileSystemLoader(_BESIDE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters["number"] = number
+    pages.globals["TEXT_SHOWN"] = TEXT_SHOWN
+    drawn: dict[str, list[Drawing]] = {
+        place: [draw(chart, f"{place}-{i}") for i, chart in enumerate(wanted)]
+        for place, wanted in charts.items()
+    }
+    thinned = any(series.band for chart in charts["curves"] for series in chart.series)
+    return pages.get_template(template).render(drawn=drawn, thinned=thinned, **context)
+
+
+def _write(file: Path, page: str) -> Path:
+    """Half of a surrogate pair, which a model can write and UTF-8 cannot, becomes a reference."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be written ({error.strerror}). Name another file in --output of "
+            "scripts/report.py."
+        ) from None
+    return file

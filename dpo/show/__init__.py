@@ -1,1 +1,0 @@
-"""Looking at what the training did: samples, evaluation."""

@@ -1,0 +1,380 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+import dpo.after.merge as merging
+from dpo.after.card import write_run_card
+from dpo.after.merge import build_merged, merge_run
+from dpo.after.merge_error import MergeError, Scores, allowed, measure, refuse_wrong
+from dpo.after.merged import RECORD, verified_files
+from dpo.config import DataSource, resolve
+from dpo.errors import UserError
+from tests.after.made_runs import made_run
+from tests.models import tiny
+
+AUTO = {"weights": "final", "base": "auto", "dtype": "auto"}
+
+
+def merged(run, **options):
+    """The record and the printed lines of a merge into `run`/merged."""
+    said = []
+    merge_run(run, run / "merged", say=said.append, num_pairs=8, **options)
+    return json.loads((run / "merged" / RECORD).read_text()), "\n".join(said)
+
+
+def left_behind(run):
+    """What a merge that failed has left in the run folder."""
+    return [path.name for path in run.iterdir() if "merged" in path.name]
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """(run, record, printed lines) of a LoRA run, merged as by default."""
+    run = made_run(tmp_path_factory.mktemp("lora"))
+    return run, *merged(run)
+
+
+def test_a_merged_adapter_is_the_trained_policy(lora):
+    """float32: the two forwards differ by rounding. The bare base would be off by `effect`."""
+    run, record, said = lora
+    error = record["errors_nats"]["original"]
+    assert error["mean"] < 1e-5 < 0.1 < error["effect"]
+    assert error["kept"] == pytest.approx(1, abs=1e-4)
+    assert record["errors_nats"]["read back"] == error
+    assert "8 held-out pairs" in said
+    assert "(original base, float32), verified" in said
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "merged")
+    assert model.dtype == torch.float32
+    assert left_behind(run) == ["merged"]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_run_is_merged_into_what_it_was_trained_on(tmp_path, quantization):
+    """The original checkpoint is another model: its error is that of the quantisation."""
+    run = made_run(tmp_path, "--model.quantization", quantization)
+    record, said = merged(run)
+    errors = record["errors_nats"]
+    assert record["base"] == "dequantized"
+    assert errors["read back"] == errors["dequantized"]
+    if quantization == "nf4":  # int8 rounds activations as well, which no merge can
+        assert errors["dequantized"]["mean"] < 1e-5
+        assert errors["16bit"]["mean"] > 100 * errors["dequantized"]["mean"]
+    assert re.search(r"\n  16bit .*\n  dequantized .*\n  read back ", said)
+    config = json.loads((run / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+
+
+def test_the_original_checkpoint_is_written_when_asked_for(tmp_path):
+    run = made_run(tmp_path, "--model.quantization", "nf4")
+    record, said = merged(run, base="16bit", dtype="bfloat16")
+    assert (record["base"], record["dtype"]) == ("16bit", "bfloat16")
+    assert record["errors_nats"]["read back"] == record["errors_nats"]["16bit"]
+    assert said.index("dequantized ") < said.index("16bit ")
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "merged")
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_run_that_trained_every_weight_is_written_in_the_type_asked_for(tmp_path):
+    run = made_run(tmp_path, "--model.adapter", "none", std=0.01)
+    record, said = merged(run, dtype="bfloat16")
+    assert "there is no adapter to merge" in said
+    assert record["errors_nats"]["trained"]["mean"] < 0.02
+    weights = transformers.AutoModelForCausalLM.from_pretrained(run / "merged").state_dict()
+    trained = transformers.AutoModelForCausalLM.from_pretrained(run / "final").state_dict()
+    assert all(torch.equal(weights[name], trained[name].bfloat16()) for name in trained)
+
+
+def test_a_run_that_started_from_an_adapter_is_merged_whole(tmp_path):
+    """final/ holds all of the adapter; what it started from is not added a second time."""
+    (tmp_path / "first").mkdir()
+    first = made_run(tmp_path / "first")
+    run = made_run(tmp_path, "--model.name_or_path", first / "final", std=0.1)
+    record, _ = merged(run)
+    assert record["errors_nats"]["original"]["mean"] < 1e-5
+
+
+def test_other_weights_of_a_run_can_be_merged(tmp_path):
+    run = made_run(tmp_path, weights="checkpoint-3")
+    record, _ = merged(run, weights="checkpoint-3")
+    assert record["weights"] == "checkpoint-3"
+    assert "`checkpoint-3`, after step 3" in (run / "merged" / "README.md").read_text()
+
+
+def refusal(trained, factor, base, dtype):
+    """What is said of a merge with `factor` times the adapter; None where it passes."""
+    scaled = trained.weights.with_name(f"times {factor}")
+    if not scaled.exists():
+        shutil.copytree(trained.weights, scaled)
+        file = scaled / "adapter_model.safetensors"
+        weights = load_file(file)
+        save_file({k: v * factor if "lora_B" in k else v for k, v in weights.items()}, file)
+    model, scores = build_merged(replace(trained, weights=scaled), base, dtype)
+    error, at_most = trained.measure(model, scores), trained.allowed(dtype, scores)
+    try:
+        refuse_wrong(error, at_most, trained.epsilon(dtype), "merged")
+    except RuntimeError as refused:
+        return str(refused)
+    return None
+
+
+QUANTISED = "--model.quantization"
+KINDS = [  # flags of the run, bases and types of the merge
+    pytest.param([], ["original"], ["float32", "bfloat16"], id="float32"),
+    pytest.param(["--model.dtype", "bfloat16"], ["original"], ["bfloat16"], id="bfloat16"),
+    pytest.param([QUANTISED, "nf4"], ["dequantized", "16bit"], ["bfloat16"], id="nf4"),
+    pytest.param([QUANTISED, "nf4"], ["16bit"], ["float32"], id="nf4, merged in float32"),
+    pytest.param([QUANTISED, "int8"], ["dequantized", "16bit"], ["bfloat16"], id="int8"),
+]
+
+
+@pytest.mark.parametrize(("flags", "bases", "dtypes"), KINDS)
+@pytest.mark.parametrize(
+    ("std", "wrong"),
+    [(0.012, [0.0, -1.0]), (0.02, [0.0, -1.0, 2.0]), (0.1, [0.0, -1.0, 2.0, 0.5])],
+    ids=["0.0016 nats", "0.0025 nats", "0.017 nats"],
+)
+def test_a_wrong_merge_is_caught_however_little_the_run_has_learned(
+    tmp_path, flags, bases, dtypes, std, wrong
+):
+    """An adapter that is lost, subtracted, doubled or halved; once, the right one, passes.
+
+    The effect is small beside the mean error that passes in bfloat16, 0.02 nats, and beside the
+    0.007 that the bases of nf4 differ by: its share tells. The smaller it is, the less can be told
+    from rounding; int8 rounds more coarsely, so its run has learned twice as much.
+    """
+    run = made_run(tmp_path, *flags, std=2 * std if "int8" in flags else std)
+    trained = merging.score_trained(run, "final", 12)
+    for base, dtype in product(bases, dtypes):
+        kind = getattr(torch, dtype)
+        assert refusal(trained, 1.0, base, kind) is None
+        for factor in wrong:
+            said = refusal(trained, factor, base, kind)
+            assert said is not None, (base, dtype, factor)
+            assert said.endswith("It was not written.")
+
+
+def test_an_effect_that_rounding_drowns_is_not_held_against_a_merge():
+    """An effect of 0.001, epsilon 0.01: the share may be off by 0.4 + 0.08 x 0.01 / 0.001 = 1.2.
+
+    In float32 next to nothing is added to the 0.4.
+    """
+    for kept, epsilon, passes in (
+        (-0.1, 0.01, True),
+        (-0.3, 0.01, False),
+        (2.1, 0.01, True),
+        (0.7, 1e-7, True),
+        (0.5, 1e-7, False),
+        (1.5, 1e-7, False),
+    ):
+        error = MergeError(1e-3, 1e-3, 1e-3, effect=1e-3, kept=kept)
+        with nullcontext() if passes else pytest.raises(RuntimeError, match="adapter's effect"):
+            refuse_wrong(error, 0.02, epsilon, "merged")
+
+
+def test_a_wrong_merge_leaves_nothing(tmp_path, monkeypatch):
+    run = made_run(tmp_path)
+    monkeypatch.setattr(merging, "merge_adapter", lambda base, *_: base)
+    with pytest.raises(RuntimeError, match=r"merged \(original base\)"):
+        merged(run)
+    assert left_behind(run) == []
+
+
+def test_files_that_do_not_read_back_as_the_merge_are_caught(tmp_path, monkeypatch):
+    run, save = made_run(tmp_path), merging.save_model
+
+    def save_less(model, *arguments, **options):
+        model.model.layers[2].self_attn.v_proj.weight.data[0] = 0
+        save(model, *arguments, **options)
+
+    monkeypatch.setattr(merging, "save_model", save_less)
+    with pytest.raises(RuntimeError, match="read back from the disk"):
+        merged(run)
+    assert left_behind(run) == []
+
+
+def test_nothing_is_overwritten(tmp_path):
+    run = made_run(tmp_path)
+    (run / "merged").mkdir()
+    (run / "merged" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists, and nothing is overwritten"):
+        merged(run)
+    assert [path.name for path in (run / "merged").iterdir()] == ["mine.txt"]
+    with pytest.raises(UserError, match="is no merge of this script"):
+        verified_files(run / "merged", run, **AUTO)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"base": "dequantized"}, "--base: got dequantized, but model.quantization .* none"),
+        ({"weights": "best"}, "best holds no weights: wanted one of final"),
+        ({"num_pairs": 0}, "--pairs: got 0"),
+        ({"max_shard_size": "5 gigs"}, "--max_shard_size: got '5 gigs'"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_the_work(lora, tmp_path, options, said):
+    with pytest.raises(UserError, match=said):
+        merge_run(lora[0], tmp_path / "merged", **options)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_output_below_a_file_is_refused(lora):
+    with pytest.raises(UserError, match="cannot be written to"):
+        merge_run(lora[0], lora[0] / "config.yaml" / "merged")
+
+
+def test_the_card_says_what_the_run_wrote_and_names_no_path(lora):
+    """The header is read by the hub's own reader. A folder is no hub id."""
+    run, _, _ = lora
+    text = (run / "merged" / "README.md").read_text()
+    card = ModelCard.load(run / "merged" / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["dpo"],
+    }
+    assert "| read | 24 |" in text
+    assert "| kept as pairs | 23 |" in text
+    assert "| dropped: identical answers | 1 |" in text
+    assert "| rewards/margins | 0 | 0.75 |" in text
+    assert "    The better\n    one\n" in text
+    assert "`rows.jsonl` (local)" in text
+    assert "No licence is given" in text
+    assert "None" not in text
+    for file in (run / "merged").iterdir():
+        content = file.read_bytes()
+        for place in (run.parent, Path(merging.__file__).parents[2], Path.home()):
+            assert str(place).encode() not in content, file
+
+
+def test_hub_ids_go_into_the_cards_header_and_local_files_do_not(lora, tmp_path):
+    """Two sources, of which one is a file; and the article's model."""
+    run, _, _ = lora
+    config = merging.read_run(run)
+    own = DataSource(path=str(tmp_path / "own.jsonl"))
+    config.data.name_or_path = [DataSource(path="Intel/orca_dpo_pairs"), own]
+    config.model.name_or_path = "teknium/OpenHermes-2.5-Mistral-7B"
+    error = MergeError(0.1, 0.2, 0.3, effect=1.0, kept=1.0)
+    how = {"weights": "final", "base": "original", "dtype": "bfloat16", "has_chat": False}
+    write_run_card(tmp_path, run, config, errors={"original": error}, pairs_are="8 pairs", **how)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "teknium/OpenHermes-2.5-Mistral-7B"
+    assert card.data.datasets == ["Intel/orca_dpo_pairs"]
+    assert "huggingface.co/datasets/Intel/orca_dpo_pairs), `own.jsonl` (local)" in card.content
+    assert str(tmp_path) not in card.content
+    assert "apply_chat_template" not in card.content
+
+
+def test_a_card_without_evaluation_says_so(tmp_path):
+    run = made_run(tmp_path, "--data.eval_fraction", "0")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (run / name).unlink()
+    (run / "summary.json").write_text(json.dumps({"before": {}, "after": {}}))
+    _, said = merged(run)
+    text = (run / "merged" / "README.md").read_text()
+    assert "These weights were not evaluated on held-out pairs" in text
+    assert "8 training (this run held nothing out) pairs" in said
+    assert "training (this run held nothing out) pairs" in text
+
+
+def scores(*tokens):
+    values = torch.tensor(tokens)
+    return Scores(values, values.view(-1, 2).sum(1))
+
+
+def test_the_merge_error_by_hand():
+    """Off by 0, 0.1, 0 and -0.3: mean 0.1, worst 0.3; the answers are off by 0.1 and 0.3.
+
+    The adapter's effect is 1, -1, 2, 0: mean 1. The merge has 1, -0.9, 2, -0.3 of it, so the share
+    is (1 + 0.9 + 4) / (1 + 1 + 4).
+    """
+    policy, bare = scores(-1.0, -3.0, -1.0, -2.0), scores(-2.0, -2.0, -3.0, -2.0)
+    error = measure(policy, bare, scores(-1.0, -2.9, -1.0, -2.3))
+    assert error.mean == pytest.approx(0.1)
+    assert error.worst == pytest.approx(0.3)
+    assert error.per_answer == pytest.approx(0.2)
+    assert error.effect == pytest.approx(1.0)
+    assert error.kept == pytest.approx(5.9 / 6)
+    assert measure(policy, bare, bare).kept == 0
+    base = scores(-2.5, -2.0, -3.0, -1.0)  # another one: the merge adds 1.5, -0.9, 2, -1.3 to it
+    elsewhere = measure(policy, bare, scores(-1.0, -2.9, -1.0, -2.3), base)
+    assert elsewhere.kept == pytest.approx(6.4 / 6)
+    assert measure(policy, bare, base, base).kept == 0
+    assert measure(policy, policy, policy).kept is None
+    assert measure(policy, None, policy).effect == 0
+
+
+def test_nan_is_a_wrong_merge():
+    error = MergeError(float("nan"), 1.0, 1.0, 1.0, float("nan"))
+    with pytest.raises(RuntimeError, match="nan nats per token"):
+        refuse_wrong(error, allowed(1.0, 1e-7, 0.0), 1e-7, "merged")
+
+
+PEAK = """
+import sys, threading, time
+from pathlib import Path
+import bitsandbytes, peft, torch
+torch.set_num_threads(1)
+from dpo.after import merge as merging
+
+def anonymous():  # bytes that are this process's own: pages of mapped files can be dropped
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+if sys.argv[2] == "keep":  # the negative control: merges are not let go
+    kept, merge = [], merging.merge_adapter
+    merging.merge_adapter = lambda *arguments: kept.append(merge(*arguments)) or kept[-1]
+before, peak, done = anonymous(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.005)
+thread = threading.Thread(target=watch)
+thread.start()
+run = Path(sys.argv[1])
+merging.merge_run(run, run / sys.argv[2], num_pairs=2, max_shard_size="20MB")
+done = True
+thread.join()
+print("PEAK", peak - before)
+"""
+
+
+def peak_bytes(run, how):
+    """The most memory that a merge took. Large blocks go back to the system as soon as freed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, run, how], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split("PEAK ")[1])
+
+
+@pytest.mark.slow
+def test_a_merge_takes_the_memory_of_one_model(tmp_path):
+    """A 4-bit run of a model of 212 MB, both bases measured: 1 model and its 4 bits, not 2."""
+    size = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4}
+    model = tiny("llama", **size, num_attention_heads=8, num_key_value_heads=8, vocab_size=800)
+    model.save_pretrained(tmp_path / "model")
+    num_bytes = 4 * model.num_parameters()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(resolve("quickstart/model"))
+    tokenizer.save_pretrained(tmp_path / "model")
+    del model
+    flags = ["--model.name_or_path", tmp_path / "model", "--model.quantization", "nf4"]
+    run = made_run(tmp_path, *flags, std=0.02)
+    free, keep = (peak_bytes(run, how) / num_bytes for how in ("free", "keep"))
+    assert 1 < free < 1.6
+    assert keep > 2
