@@ -23,7 +23,7 @@ from dpo.logps import pair_logps
 from dpo.model.load import Policy, checkpoint_layers, load_policy
 from dpo.model.reference import Absent, Frozen
 from dpo.plan.memory import SAVINGS, Saving, fitting_tokens, free_bytes, peak_bytes
-from dpo.plan.plan import choose_base
+from dpo.plan.plan import choose_base, optimizer_bytes
 
 PROBE_TOKENS = 2048  # enough for the bytes that do not depend on the tokens to count for little
 STEPS_TO_RECOVER = 50  # a try that fails costs a micro-batch or two
@@ -110,6 +110,7 @@ def token_budget(run: Any, state: dict[str, Any]) -> Budget:
         score_and_differentiate,
         num_tokens=len(stream.input_ids),
         longest=run.data.train.longest,
+        optimizer=run.config.optim.name,
         device=device,
         savings=[s for s in SAVINGS if s.checkpoint_every == 1] if as_configured[0] else SAVINGS,
         save=lambda saving: save_memory(run, saving),
@@ -165,6 +166,7 @@ def auto_budget(
     *,
     num_tokens: int,
     longest: int,
+    optimizer: str,
     device: torch.device,
     savings: Sequence[Saving],
     save: Callable[[Saving], object],
@@ -177,6 +179,7 @@ def auto_budget(
         work: scores and differentiates `num_tokens` tokens on `device`.
         num_tokens: of `work`.
         longest: tokens of the longest pair, which must fit.
+        optimizer: its name in the configuration; its state is not there yet.
         device: of the model.
         savings: what may be given up, tried in turn.
         save: puts one of them into effect.
@@ -186,9 +189,9 @@ def auto_budget(
         UserError: the longest pair does not fit, even with every layer checkpointed.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:  # there in every micro-batch, and not of its tokens
+    for parameter in trained:  # gradients exist whatever the tokens: they are not to be counted
         parameter.grad = torch.zeros_like(parameter)
-    moments = sum(8 * p.numel() for p in trained)  # AdamW's two, which are not there yet
+    moments = optimizer_bytes(trained, optimizer)
     tokens = 0
     for saving in savings:
         save(saving)

@@ -11,7 +11,10 @@ import torch
 from dpo.data.stream import TokenizedPair
 from dpo.errors import UserError
 from dpo.model.load import checkpoint_layers
+from dpo.plan.fake import FakePolicy
 from dpo.plan.memory import MOST_TOKENS, SAVINGS, peak_bytes
+from dpo.plan.plan import memory_parts
+from dpo.train import budget as budget_module
 from dpo.train.budget import (
     STEPS_TO_RECOVER,
     Budget,
@@ -184,6 +187,7 @@ def found(model, monkeypatch, *, free, longest):
         work_of(model),
         num_tokens=12,
         longest=longest,
+        optimizer="adamw",
         device=CPU,
         savings=SAVINGS,
         save=lambda saving: put(model, saving),
@@ -228,9 +232,31 @@ def test_the_smallest_budget_of_all_ranks_is_taken(monkeypatch):
     with_free(monkeypatch, 1e9)
     model = with_lora(tiny())
     options = {"num_tokens": 12, "longest": 5, "device": CPU, "savings": SAVINGS}
+    options["optimizer"] = "adamw"
     options["save"] = lambda saving: put(model, saving)
     found = auto_budget(model, work_of(model), **options, smallest_over_ranks=lambda _: 77)
     assert found.tokens == 77
+
+
+@pytest.mark.parametrize(
+    ("name", "planned"),
+    [("adamw", 5547008), ("paged_adamw_32bit", 5547008), ("adamw_8bit", 1415296)],
+)
+def test_the_trainer_reserves_for_the_optimizer_what_the_planner_says(
+    tmp_path, monkeypatch, name, planned
+):
+    """At 7B, 8 bytes a weight for 8-bit moments would be 56 GB reserved instead of 14."""
+    flags = ["--model.adapter", "none", "--model.dtype", "bfloat16", "--optim.name", name]
+    settings = config(tmp_path, *AUTO, *flags)
+    reserved = []
+    reserve = budget_module.optimizer_bytes
+    monkeypatch.setattr(
+        budget_module, "optimizer_bytes", lambda *of: reserved.append(reserve(*of)) or reserved[-1]
+    )
+    started(settings)
+    assert reserved == [planned]
+    parts = memory_parts(FakePolicy(settings), settings)
+    assert parts[f"optimizer state, {name}"] == planned
 
 
 def test_the_probe_takes_pairs_up_to_its_size_and_never_none():
