@@ -2,7 +2,7 @@
 # All that needs a GPU, in one call of under nine minutes, the most telling results first:
 #
 #     bash benchmarks/gpu/run.sh                      # everything, within 530 seconds
-#     bash benchmarks/gpu/run.sh 150 'TRL|variants'   # seconds, and which steps (regular expression)
+#     bash benchmarks/gpu/run.sh 300 'TRL|variants'   # seconds, and which steps (regular expression)
 #     bash benchmarks/gpu/run.sh --small              # a try on a CPU: its numbers mean nothing
 #
 # Tests marked gpu, then rounding, the article's recipe beside TRL, and where time and memory go.

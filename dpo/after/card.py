@@ -1,4 +1,4 @@
-"""The facts of a model card, from what the run wrote; the words are in model/card.md.j2."""
+"""The facts of a model card, from what the run wrote; the words are in card.md.j2."""
 
 import json
 from dataclasses import asdict
