@@ -3,7 +3,9 @@
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from dpo.model import load
 from dpo.model.kernels import make_lean
 from dpo.model.load import compile_layers
 from dpo.model.scorer import Scorer
+from dpo.train.selfcheck import _check_compiled
+from tests.model.test_load import config as load_config
 from tests.model.test_scorer import PAIRS, gradients
 from tests.models import tiny, with_lora
 
@@ -62,6 +66,13 @@ def compare(device):
             input_ids=torch.tensor([[1, 5, 9]], device=device), max_new_tokens=6
         )
     assert counters["stats"]["unique_graphs"] == graphs[-1]  # nor for an answer's
+    made = SimpleNamespace(
+        scorer=scorer.eval(),
+        policy=SimpleNamespace(model=model),
+        accelerator=SimpleNamespace(no_sync=lambda module: nullcontext()),
+        config=load_config(),
+    )
+    _check_compiled(made, build_stream(PAIRS).to(device))  # what the trainer asks before step 1
 
 
 def test_where_nothing_can_be_compiled_it_is_said(monkeypatch):

@@ -1,10 +1,9 @@
-"""Compiled layers must have the gradients of plain ones before the first step."""
+"""Compiled layers must have the gradients of plain ones before the first step.
 
-import shutil
-import subprocess
-import sys
+That really compiled ones do is asked in tests/model/test_compile.py.
+"""
+
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -72,18 +71,3 @@ def test_weights_without_a_gradient_are_passed_over(monkeypatch):
 def test_rounding_is_none(monkeypatch):
     checked(monkeypatch, 1e-4)
     checked(monkeypatch, 1e-2, torch.bfloat16)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler (g++)")
-def test_a_run_with_compiled_layers_passes_it(tmp_path):
-    """In a process of its own: the shapes that tests check would be compiled along."""
-    flags = "--model.compile true --train.max_steps 2 --train.eval_steps 0 --reference.cache off"
-    where = ["--train.output_dir", str(tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "scripts/train.py", *flags.split(), *where],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
