@@ -202,7 +202,9 @@ class Race:
         """Just before the first step."""
         model.get_input_embeddings().register_forward_hook(self._count_tokens)
         weights = (
-            w.detach().cpu().numpy() for name, w in model.named_parameters() if "lora_" in name
+            w.detach().float().cpu().numpy()  # bfloat16, as TRL casts some adapters, has none
+            for name, w in model.named_parameters()
+            if "lora_" in name
         )
         self._adapter = hashlib.sha256(b"".join(w.tobytes() for w in weights)).hexdigest()
         self.wait()
