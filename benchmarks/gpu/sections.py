@@ -9,7 +9,6 @@ says so in its row, leaves its traceback, and stops no other. `benchmarks/gpu/ru
 
 import argparse
 import gc
-import os
 import statistics
 import time
 import traceback
@@ -40,6 +39,7 @@ from dpo.model import attention
 from dpo.model.reference import adapter_off
 from dpo.model.scorer import Scorer
 from dpo.plan.memory import PeakBytes
+from dpo.train.launch import prepare_torch
 from dpo.train.optim import build_optimizer
 
 
@@ -77,7 +77,7 @@ def rounding(setup: Setup) -> Iterator[Row]:
 
 
 def layouts(setup: Setup) -> Iterator[Row]:
-    """Both layouts in bfloat16; and the reference in other company, which moves it as much."""
+    """Both layouts in bfloat16; and the reference in other micro-batches, which moves as much."""
     policy, shared = make_policy(setup, setup.few_layers)
     policy.model.eval()
     padded = Scorer(policy.model, "padded")
@@ -108,10 +108,10 @@ def repeats(setup: Setup) -> Iterator[Row]:
         torch.manual_seed(5)  # of dropout
         return [score_both(policy, scorer, stream), *(p.grad for p in trained)]  # type: ignore[list-item]
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what determinism asks for
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    config = Config()
     for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic)
+        config.train.deterministic = deterministic
+        prepare_torch(config)
         try:
             first, *others = (numbers() for _ in range(3))
             taken = seconds(setup, numbers)
@@ -122,7 +122,7 @@ def repeats(setup: Setup) -> Iterator[Row]:
         yield Row(f"a micro-batch again, {how}: equal tensors", f"{sum(same) / len(same):.0%}")
         tflops = useful_flops(policy, stream) / taken / 1e12
         what = f"{setup.budgets[-2]} tokens, {how}: TFLOP/s"
-        yield Row(what, share(tflops, setup))
+        yield Row(what, share(tflops, product_tflops(setup)))
 
 
 def kept(setup: Setup) -> Iterator[Row]:
@@ -162,7 +162,9 @@ def budgets(setup: Setup) -> Iterator[Row]:
             times.append((launched - began, time.perf_counter() - began))
         host, whole = (statistics.median(column) for column in zip(*times[1:], strict=True))
         tflops = useful_flops(policy, stream) / whole / 1e12
-        yield Row(f"micro-batches of {budget} tokens: TFLOP/s", share(tflops, setup))
+        yield Row(
+            f"micro-batches of {budget} tokens: TFLOP/s", share(tflops, product_tflops(setup))
+        )
         yield Row(f"micro-batches of {budget} tokens: ms of the host", f"{host * 1000:.3g}")
 
 
@@ -179,7 +181,7 @@ def variants(setup: Setup) -> Iterator[Row]:
         policy, scorer = make_policy(setup, setup.few_layers, **keys)
         taken = seconds(setup, partial(score_both, policy, scorer, stream))
         tflops = useful_flops(policy, stream) / taken / 1e12
-        yield Row(f"{budget} tokens, {name}: TFLOP/s", share(tflops, setup))
+        yield Row(f"{budget} tokens, {name}: TFLOP/s", share(tflops, product_tflops(setup)))
         del policy, scorer
 
 
@@ -228,9 +230,9 @@ def timeline(setup: Setup) -> Iterator[Row]:
         yield Row(f"{what}: costliest kernel {number}", said)
 
 
-def share(tflops: float, setup: Setup) -> str:
+def share(tflops: float, product: float) -> str:
     """A speed, and what part of the plain product's it is."""
-    return f"{tflops:.3g} ({tflops / product_tflops(setup):.0%} of the product)"
+    return f"{tflops:.3g} ({tflops / product:.0%} of the product)"
 
 
 SECTIONS: dict[str, Callable[[Setup], Iterator[Row]]] = {

@@ -22,7 +22,7 @@ import common
 import torch
 from gpu.device import ARTICLE_PAIRS, GPU, SMALL, Setup, make_streams, shape_of
 from gpu.recipe import FOUND, TRL, task_of
-from gpu.sections import KINDS, REST
+from gpu.sections import KINDS, REST, share
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
@@ -40,7 +40,7 @@ class Card:
     """A GPU by its data sheet, and what of it can be hoped for.
 
     Attributes:
-        name: of `dpo.plan.flops.GPUS`.
+        name: of `dpo.plan.gpus.GPUS`.
         bandwidth: of its memory, bytes a second.
         product: share of the peak that a plain product reaches.
         attention: share of the product's rate that flash attention 2 reaches.
@@ -103,9 +103,8 @@ class Cost:
         return max(sum(self.parts(card, nf4=nf4).values()), self.kernels * card.host)
 
     def tflops(self, card: Card, *, nf4: bool = False) -> str:
-        """As `sections.share` says it."""
-        rate = self.useful / self.seconds(card, nf4=nf4) / 1e12
-        return f"{rate:.3g} ({rate / card.tflops:.0%} of the product)"
+        """Of what the method asks for, and the share of a plain product's rate."""
+        return share(self.useful / self.seconds(card, nf4=nf4) / 1e12, card.tflops)
 
 
 class Roofline(TorchDispatchMode):
@@ -300,7 +299,7 @@ def predict_recipe(setup: Setup) -> dict[str, Prediction]:
     lengths = task_of(Path(), setup).lengths[: common.PAIRS_PER_STEP]
     pairs = [TokenizedPair([3] * p, [5] * c, [6] * r) for p, c, r in lengths]
     layers, ours = setup.layers, Traced(setup)
-    live, found = (ours.cost(pairs, layers, live_reference=known) for known in (True, False))
+    live, found = (ours.cost(pairs, layers, live_reference=is_live) for is_live in (True, False))
     base, kept = ours.base_bytes(layers), ours.bytes(pairs, layers)
     in_4_bits, waits = base * (NF4_BYTES - 2) / 2, ours.num_trained(layers) * WAIT
     said: dict[str, Prediction] = {}

@@ -202,7 +202,7 @@ class Run:
                         seen.append(MicroBatch(positions, *self._backward(stream, pairs_in_step)))
                 return seen
             except torch.OutOfMemoryError:
-                pass  # left at once, and with it all that its traceback keeps alive
+                pass  # the retry stands outside: the traceback keeps the activations alive
             is_reducing = self.accelerator.num_processes > 1 and len(seen) == len(bins) - 1
             if was_tried or is_reducing:
                 tokens = [[num_tokens[i] for i in b] for b in bins]
