@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo.data.loader import balance
+from dpo.data.order import balance
 from dpo.plan.flops import Costs, segments_of, work
 
 LENGTHS = Path(__file__).parent / "orca_lengths.json"

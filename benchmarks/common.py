@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from dpo.config import Config, DataConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
-from dpo.data.loader import step_indices
+from dpo.data.order import Order
 from dpo.train.trainer import Run, train
 
 VOCAB = 4096
@@ -64,11 +64,8 @@ class Task:
     @property
     def order(self) -> list[int]:
         """Rows of the file, in the order in which `Run`, which shuffles, sees them."""
-        seed = TrainConfig().seed
-        steps = (
-            step_indices(self.num_rows, PAIRS_PER_STEP, seed, s) for s in range(self.num_steps)
-        )
-        return [int(i) for step in steps for i in step]
+        order = Order(self.num_rows, PAIRS_PER_STEP, self.num_steps, TrainConfig().seed)
+        return [i for step in range(1, self.num_steps + 1) for i in order.indices(step)]
 
     def write(self, layers: int) -> None:
         """Writes `model/` and `rows.jsonl`."""
@@ -162,7 +159,7 @@ def our_config(task: Task, **keys: Any) -> Config:
 def run_ours(race: "Race", task: Task, **keys: Any) -> dict[str, Any]:
     """Our trainer over the task: what `train` does between its start and its end."""
     run = Run(our_config(task, **keys))
-    race.start(run.policy.model)
+    race.start(run.models.policy.model)
     for step in range(1, race.num_steps(task) + 1):
         run.train_step(step)
         run.log(step)

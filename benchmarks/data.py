@@ -36,7 +36,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo.config import PACKAGE, Config, DataConfig
 from dpo.data.formats import Message
-from dpo.data.loader import PreferenceData, load_data, step_indices
+from dpo.data.loader import PreferenceData, load_data
+from dpo.data.order import Order
 
 LENGTHS = Path(__file__).parent / "orca_lengths.json"
 TOKENIZER = PACKAGE / "quickstart" / "model"
@@ -200,9 +201,10 @@ def start(path: Path) -> Iterator[None]:
     yield
     pairs = load(path, tokenizer).train
     yield
-    for step in range(PAIRS_READ // PAIRS_PER_STEP):
-        for index in step_indices(len(pairs), PAIRS_PER_STEP, 42, step):
-            pairs[int(index)]
+    order = Order(len(pairs), PAIRS_PER_STEP, PAIRS_READ // PAIRS_PER_STEP, seed=42)
+    for step in range(1, order.num_steps + 1):
+        for index in order.indices(step):
+            pairs[index]
     yield
 
 

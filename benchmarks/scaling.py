@@ -16,8 +16,8 @@ from pathlib import Path
 
 from dpo.config import parse
 from dpo.plan.fake import FakePolicy
+from dpo.plan.fit import Saving
 from dpo.plan.flops import Costs, costs, segments_of, work
-from dpo.plan.memory import Saving
 from dpo.plan.plan import given_lengths
 
 PEAK_TFLOPS, MFU = 989, 0.4  # H100, bfloat16; the share is an assumption
@@ -121,7 +121,7 @@ class Probe:
         pairs = [*given_lengths(",".join(map(str, LENGTHS))).pairs] * 4
         tokens = sum(pair.num_stream_tokens for pair in pairs)
         self.activations = fake.step_bytes(pairs) / tokens
-        fake.save_memory(Saving(1))
+        Saving(1).apply(fake.scorer)
         self.checkpointed = fake.step_bytes(pairs) / tokens
         self.linear, self.adapter_flops = self.costs.linear, self.costs.adapter
         self.attention = self.costs.attention

@@ -8,6 +8,10 @@ three, no recompute, and any loss may follow. DPO needs this: a pair's gradient 
 all tokens of both answers are summed, so the loss cannot run inside the tile. When the head itself
 trains, the tiles are computed again in the backward.
 
+That logits need not exist is due to Liger (Hsu et al. 2024, arXiv:2410.10989), which computes the
+loss inside the tile, and Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009), which computes
+the logits again in the backward. What is different here: J is kept, so the loss stays outside.
+
 Axes: `scored` (targets), `hidden`, `vocab`, `sequences`. Unit: nats.
 """
 
@@ -44,7 +48,7 @@ def token_logps(
     trains = (weight.requires_grad or (bias is not None and bias.requires_grad)) and (
         torch.is_grad_enabled()
     )
-    head = _TrainedHead if trains else _FrozenHead
+    head = TrainedHead if trains else FrozenHead
     if not torch.is_grad_enabled():
         hidden = hidden.detach()  # so that no J is formed
     tile_bytes = tile_bytes or TILE_BYTES
@@ -84,7 +88,7 @@ def pair_logps(
     return PairLogps(*(answer for both in chosen_and_rejected for answer in both))
 
 
-class _FrozenHead(torch.autograd.Function):
+class FrozenHead(torch.autograd.Function):
     """The head's weight takes no gradient: keep only J (scored, hidden), in the input's dtype."""
 
     @staticmethod
@@ -98,6 +102,7 @@ class _FrozenHead(torch.autograd.Function):
         softcap: float | None,
         tile_bytes: int,
     ) -> Tensor:
+        """Log-probs, (scored,); keeps J where the states need a gradient."""
         logps = hidden.new_empty(len(hidden), dtype=_accumulator(hidden))
         jacobian = torch.empty_like(hidden) if hidden.requires_grad else None
         for rows in _tiles(len(hidden), len(weight), tile_bytes):
@@ -115,11 +120,12 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Multiplies J by the gradient of each log-prob."""
         (jacobian,) = ctx.saved_tensors
         return grad_logps[:, None].to(jacobian.dtype) * jacobian, None, None, None, None, None, None
 
 
-class _TrainedHead(torch.autograd.Function):
+class TrainedHead(torch.autograd.Function):
     """The head trains too: its gradient needs the upstream one, so compute each tile again."""
 
     @staticmethod
@@ -133,6 +139,7 @@ class _TrainedHead(torch.autograd.Function):
         softcap: float | None,
         tile_bytes: int,
     ) -> Tensor:
+        """Log-probs, (scored,); keeps the states."""
         ctx.save_for_backward(hidden, weight, targets, bias)
         ctx.scale, ctx.softcap, ctx.tile_bytes = scale, softcap, tile_bytes
         logps = hidden.new_empty(len(hidden), dtype=_accumulator(hidden))
@@ -145,6 +152,7 @@ class _TrainedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Computes each tile of logits again, and from it the gradients of states and head."""
         hidden, weight, targets, bias = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=_accumulator(weight))

@@ -4,6 +4,8 @@ python scripts/cache_reference.py [train.py's flags]
 accelerate launch --num_processes 8 scripts/cache_reference.py --config FILE
 """
 
+import os
+
 from dpo.config import parse, run
 
 
@@ -12,7 +14,9 @@ def main() -> None:
     config = parse(prog="scripts/cache_reference.py")
     from dpo.train.ahead import cache_reference
 
-    print(cache_reference(config))
+    done = cache_reference(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(done)
 
 
 if __name__ == "__main__":

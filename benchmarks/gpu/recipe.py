@@ -148,22 +148,23 @@ def run_ours(side: str, task: common.Task, setup: Setup, say: Callable[..., None
     run = Run(common.our_config(task, **keys | OURS[side]))
     ready = round(time.monotonic() - began, 1)
     clock, again = Clock(setup), Clock(setup)
-    clock.start(run.policy.model)
+    clock.start(run.models.policy.model)
     for step in range(1, task.num_steps + 1):
         run.train_step(step)
         run.log(step)
         clock.finish_step(step)
     lines = [json.loads(text) for text in (run.folder / "metrics.jsonl").read_text().splitlines()]
     logged = [{key.removeprefix("train/"): value for key, value in line.items()} for line in lines]
-    details = {"ready_s": ready, "budget": run.budget.reason, "notes": run.policy.notes}
-    details["layout"] = f"{run.layout} {run.layout_reason}".strip()
+    details = {"ready_s": ready, "notes": run.models.policy.notes}
+    details["budget"] = run.train_step.budget.reason
+    details["layout"] = f"{run.models.layout} {run.models.layout_reason}".strip()
     say(clock.row(side), seconds=clock.seconds, logged=logged[1:], **details)
     say(first_step(side, logged))
     if side != "ours":
         return
     if setup.is_gpu:
         torch.cuda.reset_peak_memory_stats()
-    again.start(run.policy.model)
+    again.start(run.models.policy.model)
     for step in range(1, task.num_steps + 1):
         run.train_step(step)
         again.finish_step(step)

@@ -35,7 +35,7 @@ from dpo.errors import UserError
 from dpo.evaluate.evaluator import held_out_columns, score_pairs
 from dpo.evaluate.samples import Sampling, generate
 from dpo.evaluate.statistics import Columns, group_figures, spread
-from dpo.model.reference import Reference, choose_mode
+from dpo.model.reference import TokenLogps, choose_mode
 from dpo.model.scorer import Scorer
 from dpo.report.evaluation_tables import evaluation_tables
 
@@ -220,7 +220,7 @@ def _columns(run: FinishedRun, pairs: Pairs, options: Options) -> Columns:
     }
 
 
-def before_training(run: FinishedRun) -> Reference:
+def before_training(run: FinishedRun) -> TokenLogps:
     """Token log-probs of the model before training, also where the run had no reference."""
     if choose_mode(run.config.reference.mode, run.policy) != "zero":
         return run.reference

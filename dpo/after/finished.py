@@ -78,8 +78,8 @@ class FinishedRun:
         mode = choose_mode(self.config.reference.mode, self.policy)
         if mode == "frozen":
             assert self._before is not None
-            return self._before
-        return build_reference(mode, self.scorer, self.policy, self.scorer.layout)
+            return Reference(mode, self._before)
+        return build_reference(mode, self.policy, self.scorer, self.scorer.layout)
 
     @contextmanager
     def before(self) -> Iterator[nn.Module]:

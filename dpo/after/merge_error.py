@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo.data.loader import micro_batches
+from dpo.data.order import micro_batches
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.logps import sequence_logps
 from dpo.model.scorer import Scorer

@@ -1,16 +1,10 @@
-"""What a run trains on and what it is evaluated on: pairs, their order, and their micro-batches.
-
-The order is a pure function of (seed, epoch, step). No sampler, no iterator and no global random
-state stand behind it, so a resumed run has nothing to replay.
-"""
+"""What a run trains on and what it is evaluated on: the pairs of all its sources."""
 
 import hashlib
-import heapq
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate, islice
 from typing import Any
 
@@ -153,54 +147,6 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreferenceD
             "Change data.format, data.max_length, data.eval_fraction or the rows."
         )
     return PreferenceData(train, held_out, report, summary)
-
-
-def step_indices(num_pairs: int, pairs_per_step: int, seed: int, step: int) -> np.ndarray:
-    """Which pairs optimizer step `step` (from 0) sees: a pure function, over any number of epochs.
-
-    Every epoch is a new permutation; its last step is smaller when the pairs do not divide evenly.
-    """
-    epoch, step_of_epoch = divmod(step, math.ceil(num_pairs / pairs_per_step))
-    order = _epoch_order(num_pairs, seed, epoch)
-    return order[step_of_epoch * pairs_per_step :][:pairs_per_step]
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(num_pairs: int, seed: int, epoch: int) -> np.ndarray:
-    order = np.random.default_rng((seed, epoch)).permutation(np.arange(num_pairs, dtype=np.int32))
-    order.flags.writeable = False  # every step of the epoch reads this one array
-    return order
-
-
-def micro_batches(num_tokens: Sequence[int], budget: int) -> list[list[int]]:
-    """Splits pairs into few bins of at most `budget` tokens each; a longer pair is a bin by itself.
-
-    Returns positions, in bins that are nearly equal; [[]] for no pair, since a rank without pairs
-    still takes part in the step.
-    """
-    at_least = math.ceil(sum(min(n, budget) for n in num_tokens) / budget)
-    no_two_share = sum(2 * n > budget for n in num_tokens)
-    num_bins = max(1, at_least, no_two_share)
-    while True:
-        bins = balance(num_tokens, num_bins)
-        if all(len(b) <= 1 or sum(num_tokens[i] for i in b) <= budget for b in bins):
-            return [b for b in bins if b] or [[]]
-        num_bins += 1 + num_bins // 20  # one by one would take minutes for thousands of pairs
-
-
-def balance(num_tokens: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Positions in `num_bins` bins of nearly equal numbers of tokens.
-
-    Longest first, each into the emptiest bin: the fullest comes out at most 4/3 of the best
-    possible (Graham 1969, "Bounds on multiprocessing timing anomalies").
-    """
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    emptiest = [(0, b) for b in range(num_bins)]  # a heap of (tokens, bin)
-    for i in sorted(range(len(num_tokens)), key=lambda i: -num_tokens[i]):
-        tokens, b = emptiest[0]
-        bins[b].append(i)
-        heapq.heapreplace(emptiest, (tokens + num_tokens[i], b))
-    return bins
 
 
 def list_sources(data: DataConfig) -> list[DataSource]:

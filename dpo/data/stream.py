@@ -17,6 +17,10 @@ a target and never an input. Prompt tokens are never targets, and there is no pa
 Where both answers open alike, the common opening is computed once too (it joins the prompt in the
 *shared* part) and its states are indexed twice; it is still scored for both answers. Causality
 makes this exact: a state depends only on what stands before it, which is the same in both.
+
+Computing a pair's prompt once is the idea of Wang and Hegde 2024 (arXiv:2410.20305). What is
+different here: the batch has no padding, answers share their opening too, and every shared state
+is scored for both answers.
 """
 
 import hashlib

@@ -19,14 +19,16 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.config import Config
 from dpo.data.chat import choose_template, stop_ids
-from dpo.data.loader import Pairs, micro_batches
+from dpo.data.loader import Pairs
+from dpo.data.order import micro_batches
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.evaluate.samples import generate
 from dpo.evaluate.statistics import spread
 from dpo.logps import pair_logps
 from dpo.losses import LOSSES, PairLogps
 from dpo.metrics import METRICS, pair_metrics
-from dpo.model.reference import Reference, Zero
+from dpo.model.models import Models
+from dpo.model.reference import TokenLogps
 
 Answered = tuple[Sequence[int], Sequence[int], Sequence[int]]  # token ids: prompt and two answers
 
@@ -35,7 +37,7 @@ Answered = tuple[Sequence[int], Sequence[int], Sequence[int]]  # token ids: prom
 def score_pairs(
     pairs: Sequence[TokenizedPair | Answered],
     scorer: nn.Module,
-    reference: Reference,
+    reference: TokenLogps,
     *,
     tokens_per_microbatch: int,
     device: torch.device,
@@ -72,25 +74,21 @@ class Evaluator:
 
     config: Config
     accelerator: Accelerator
-    model: nn.Module
-    scorer: nn.Module
-    reference: Reference
-    live_reference: Reference
+    models: Models
     tokenizer: PreTrainedTokenizerBase
     held_out: Pairs
-    device: torch.device
 
     def evaluate(self) -> Evaluation:
         """All held-out pairs, and answers to some of their prompts."""
-        self.scorer.eval()
+        self.models.scorer.eval()
         logps = self._score_held_out()
         samples = self._answers() if self.config.train.eval_prompts else []
-        self.scorer.train()
+        self.models.scorer.train()
         loss = self.config.loss
         losses = LOSSES[loss.type](logps, **loss.options)
         means = pair_metrics(logps, losses, beta=loss.beta).mean(dim=1)
         metrics: dict[str, float] = dict(zip(METRICS, means.tolist(), strict=True))
-        if samples and not isinstance(self.reference, Zero):  # else there is nothing to be far from
+        if samples and self.models.reference.mode != "zero":  # else there is nothing to be far from
             metrics["kl"] = _mean(samples, "log_ratio")
         if samples:
             metrics["lengths/generated"] = _mean(samples, "length")
@@ -103,37 +101,39 @@ class Evaluator:
         """Each rank scores every so-manieth pair; all get the whole."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         mine = range(rank, len(self.held_out), ranks)
-        logps = self._score([self.held_out[i] for i in mine], self.reference)
+        logps = self._score([self.held_out[i] for i in mine], self.models.reference)
         rows = list(zip(mine, *(vars(logps)[f.name].tolist() for f in fields(logps)), strict=True))
         every = sorted(gather_object(rows))
         return PairLogps(*torch.tensor([values for _, *values in every]).unbind(1))
 
-    def _score(self, pairs: Sequence[TokenizedPair | Answered], reference: Reference) -> PairLogps:
-        budget = self.config.train.scoring_tokens
+    def _score(self, pairs: Sequence[TokenizedPair | Answered], reference: TokenLogps) -> PairLogps:
         return score_pairs(
-            pairs, self.scorer, reference, tokens_per_microbatch=budget, device=self.device
+            pairs,
+            self.models.scorer,
+            reference,
+            tokens_per_microbatch=self.config.train.scoring_tokens,
+            device=self.accelerator.device,
         )
 
     def _answers(self) -> list[dict[str, Any]]:
-        train = self.config.train
+        train, model = self.config.train, self.models.policy.model
         indices = spread(len(self.held_out), train.eval_prompts)
         mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
         pairs = [self.held_out[int(i)] for i in mine]
         template = choose_template(self.tokenizer, self.config.data.chat_template)
         options: dict[str, Any] = {
-            "stop_ids": stop_ids(self.model, self.tokenizer, template),
+            "stop_ids": stop_ids(model, self.tokenizer, template),
             "max_new_tokens": train.eval_max_new_tokens,
             "seed": train.seed,
         }
         prompts = [pair.prompt_ids for pair in pairs]
         greedy, sampled = (
-            generate(self.model, self.tokenizer, prompts, temperature=t, **options)
-            for t in (0.0, 1.0)
+            generate(model, self.tokenizer, prompts, temperature=t, **options) for t in (0.0, 1.0)
         )
         # Scored as pairs of (sampled, greedy) answers; the sampled ones give the KL.
         answered = list(zip(prompts, sampled, greedy, strict=True))
         # Nobody will ask for these answers again: not through the cache.
-        log_ratios = self._score(answered, self.live_reference).chosen_logratios.tolist()
+        log_ratios = self._score(answered, self.models.reference.live).chosen_logratios.tolist()
         samples = [
             {
                 "index": int(index),

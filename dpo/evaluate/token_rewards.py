@@ -16,7 +16,7 @@ from dpo.data.loader import Pairs
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.evaluate.statistics import spread
 from dpo.losses import PairLogps, implicit_rewards
-from dpo.model.reference import Reference
+from dpo.model.reference import TokenLogps
 
 SPREAD, LOWEST = 6, 3  # pairs to show: evenly over all, and those with the lowest margin
 
@@ -34,7 +34,7 @@ def rewards_to_show(
     pairs: Pairs,
     logps: PairLogps,
     scorer: nn.Module,
-    reference: Reference,
+    reference: TokenLogps,
     tokenizer: PreTrainedTokenizerBase,
     *,
     beta: float,
@@ -52,7 +52,7 @@ def rewards_to_show(
 def token_rewards(
     pair: TokenizedPair,
     scorer: nn.Module,
-    reference: Reference,
+    reference: TokenLogps,
     tokenizer: PreTrainedTokenizerBase,
     *,
     beta: float,

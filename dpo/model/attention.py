@@ -5,7 +5,9 @@ part and itself: one plain causal segment. The rejected answer attends to the sh
 itself too, and never to the chosen one: its keys are `[shared | rejected]`, causal from the bottom
 right. Nothing attends across pairs.
 
-It is registered through transformers' `AttentionInterface`; no model is patched. The stock
+Attention that shares a pair's prompt is the idea of Wang and Hegde 2024 (arXiv:2410.20305), who
+give a mask to FlexAttention in patched models. What is different here: two causal segments instead
+of a mask, registered through transformers' `AttentionInterface`; no model is patched. The stock
 attentions cannot serve: they read the restarted positions of `rejected` as a new document and
 would hide the prompt from it.
 

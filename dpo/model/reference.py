@@ -1,12 +1,13 @@
 """References: Stream -> token log-probs of what the policy was at step 0.
 
-All of them run the same code path as the policy, on the same micro-batches, without gradients. So
-before the first update they agree with it to the last bit, and the loss is exactly ln 2. `Cached`
-stands before one of them and asks it only for pairs that nobody asked it for before.
+A live reference (`AdapterOff`, `Frozen`, `Zero`) runs the same code path as the policy, on the same
+micro-batches, without gradients. So before the first update it agrees with the policy to the last
+bit, and the loss is exactly ln 2. `Reference` stands before one of them and, where it has a cache,
+asks it only for pairs that nobody asked for before.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from typing import Literal
 import datasets.config
 import numpy as np
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ from dpo.model.load import REFERENCE_ADAPTER, Policy
 from dpo.model.logp_cache import LogpCache
 from dpo.model.scorer import Scorer
 
-Reference = Callable[[Stream], Float[Tensor, " scored"]]
+TokenLogps = Callable[[Stream], Float[Tensor, " scored"]]
 
 
 class AdapterOff:
@@ -66,7 +68,7 @@ class Absent:
     """Stands where a frozen copy would, when the cache holds all that will be asked for."""
 
     def __call__(self, stream: Stream) -> Float[Tensor, " scored"]:
-        """Nothing.
+        """Never returns.
 
         Raises:
             RuntimeError: the cache did not hold it after all.
@@ -78,34 +80,39 @@ class Absent:
         )
 
 
-class Cached:
-    """A reference that keeps what it computes, and computes only what is not kept yet.
+class Reference:
+    """What the policy is compared with; it keeps what it computes, where there is a cache.
 
-    Neither needs the device to be waited for: what is found is sent there, and what is computed is
-    fetched by `settle`, which the trainer calls once a step.
+    The device need not be waited for: what is found is sent there, and what is computed is fetched
+    by `settle`, which the trainer calls once a step.
+
+    Args:
+        mode: `adapter`, `frozen` or `zero`.
+        live: computes the log-probs that are not in the cache.
+        store: the cache, if there is one.
 
     Attributes:
-        live: the reference behind it.
-        store: where log-probs are kept.
-        num_found, num_computed: pairs so far.
-        last_found_share: of the pairs of the last call.
+        num_found, num_computed: pairs so far, where there is a cache.
+        share_known: the share of the last call's pairs for which nothing was computed.
     """
 
-    def __init__(self, live: Reference, store: LogpCache):
-        self.live, self.store = live, store
+    def __init__(self, mode: str, live: TokenLogps, store: LogpCache | None = None):
+        self.mode, self.live, self.store = mode, live, store
         self.num_found = self.num_computed = 0
-        self.last_found_share = 0.0
+        self.share_known = float(mode == "zero")
         self._unsettled: list[tuple[list[TokenizedPair], Tensor]] = []
 
     def __call__(self, stream: Stream) -> Float[Tensor, " scored"]:
         """Token log-probs, (scored,) nats; those not kept yet in one pass of the live reference."""
+        if self.store is None:
+            return self.live(stream)
         device = stream.input_ids.device
         known = [self.store.get(pair) for pair in stream.pairs]
         found = [logps for logps in known if logps is not None]
         missing = [pair for pair, logps in zip(stream.pairs, known, strict=True) if logps is None]
         self.num_found += len(found)
         self.num_computed += len(missing)
-        self.last_found_share = len(found) / max(1, len(known))
+        self.share_known = len(found) / max(1, len(known))
         if not found:
             computed = self.live(stream)
             self._unsettled.append((missing, computed))
@@ -119,10 +126,26 @@ class Cached:
         parts_kept = iter(kept.split([len(logps) for logps in found]))
         return torch.cat([next(parts_computed if p is None else parts_kept) for p in known])
 
+    @property
+    def is_absent(self) -> bool:
+        """Whether there is no live reference, because the cache holds all that is asked for."""
+        return isinstance(self.live, Absent)
+
+    def peek(self, stream: Stream) -> Float[Tensor, " scored"]:
+        """Token log-probs, (scored,) nats, without keeping what was computed for them.
+
+        What is kept is computed in the micro-batches of training, so that step 1 is exactly ln 2.
+        """
+        self.settle()
+        logps = self(stream)
+        self.num_computed -= sum(len(pairs) for pairs, _ in self._unsettled)
+        self._unsettled = []
+        return logps
+
     def settle(self) -> None:
         """Puts what was computed since into the cache; waits for the device, once."""
         pairs = [pair for some, _ in self._unsettled for pair in some]
-        if not pairs:
+        if self.store is None or not pairs:
             return
         logps = torch.cat([computed for _, computed in self._unsettled]).cpu().numpy()
         ends = np.cumsum([pair.num_scored_tokens for pair in pairs])
@@ -130,18 +153,23 @@ class Cached:
             self.store.put(pair, own)
         self._unsettled = []
 
-    def forget_unsettled(self) -> None:
-        """As if the calls since the last `settle` had not been."""
-        self.num_computed -= sum(len(pairs) for pairs, _ in self._unsettled)
-        self._unsettled = []
-
     def flush(self) -> None:
-        """Everything computed so far is on disk."""
+        """Writes everything computed so far to disk."""
         self.settle()
-        self.store.flush()
+        if self.store:
+            self.store.flush()
+
+    def share(self, accelerator: Accelerator) -> None:
+        """Lets every rank find what any rank has computed; every rank must call."""
+        if self.store:
+            self.flush()
+            accelerator.wait_for_everyone()
+            self.store.refresh()
 
     def summary(self) -> str:
-        """What the cache was good for, in words."""
+        """How much the cache saved, in words; "" without one."""
+        if self.store is None:
+            return ""
         damaged = f", {self.store.num_damaged} damaged" if self.store.num_damaged else ""
         return (
             f"The reference: {self.num_computed} pairs computed, {self.num_found} found{damaged} "
@@ -192,18 +220,31 @@ def open_cache(setting: str, digest: str) -> LogpCache:
 
 def build_reference(
     mode: str,
-    scorer: nn.Module,
     policy: Policy,
+    scorer: nn.Module,
     layout: Literal["shared", "padded"],
     *,
-    is_all_cached: bool = False,
+    store: LogpCache | None = None,
+    asked_for: Iterable[TokenizedPair] | None = None,
+    will_train: bool = True,
 ) -> Reference:
-    """The reference of that mode; before the first update. `scorer` as Accelerate wrapped it.
+    """The reference of that mode, before the first update.
 
-    Nothing is copied for what a cache holds already.
+    Args:
+        mode: `adapter`, `frozen` or `zero`, as `choose_mode` gives it.
+        policy: what the reference is a copy of, or is itself with its adapter off.
+        scorer: the policy's, as Accelerate wrapped it.
+        layout: the scorer's.
+        store: the cache, if there is one.
+        asked_for: all pairs that the reference will be asked for; None where that is not known. A
+            frozen copy is not made if the cache holds them all.
+        will_train: else a frozen reference is the policy itself, and not a copy.
     """
     if mode == "zero":
-        return Zero()
+        return Reference(mode, Zero())
     if mode == "adapter":
-        return AdapterOff(scorer, policy)
-    return Absent() if is_all_cached else Frozen(copy.deepcopy(policy.model), layout)
+        return Reference(mode, AdapterOff(scorer, policy), store)
+    if store and asked_for is not None and all(pair in store for pair in asked_for):
+        return Reference(mode, Absent(), store)
+    model = copy.deepcopy(policy.model) if will_train else policy.model
+    return Reference(mode, Frozen(model, layout), store)

@@ -68,7 +68,7 @@ class Scorer(nn.Module):
 
         modes = [(module, module.training) for module in model.modules()]
         self.eval()  # the probes compare two passes: no LoRA dropout
-        obstacle = "" if attention == "padded" else self._obstacle_to_sharing()
+        obstacle = "" if attention == "padded" else self.obstacle_to_sharing()
         if attention == "shared" and obstacle:
             raise UserError(
                 f"model.attention: got shared, but this model cannot share prompts: {obstacle}. "
@@ -139,7 +139,7 @@ class Scorer(nn.Module):
         output = self._parts[1](input_ids=rows, use_cache=False)
         return output.last_hidden_state[stream.sequence_ids, stream.position_ids[stream.predictors]]
 
-    def _obstacle_to_sharing(self) -> str:
+    def obstacle_to_sharing(self) -> str:
         """Why the two-segment attention cannot serve this model; "" when it can."""
         causal_lm, backbone, _ = self._parts
         config = causal_lm.config.get_text_config()

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 from dpo.config import Config
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
-from dpo.model.load import Policy, build_policy, checkpoint_layers, load_shape
+from dpo.model.load import Policy, build_policy, load_shape
 from dpo.model.reference import adapter_off
 from dpo.model.scorer import Scorer
-from dpo.plan.memory import PeakBytes, Saving
+from dpo.plan.memory import PeakBytes
 
 QUANTIZATION_BLOCK = 64  # 4-bit weights that share one fp32 maximum (bitsandbytes' default)
 
@@ -82,12 +82,6 @@ class FakePolicy:
     def num_base_weights(self) -> int:
         """How many numbers the base has."""
         return sum(p.numel() for name, p in self.base.named_parameters() if "lora_" not in name)
-
-    def save_memory(self, saving: Saving) -> None:
-        """Puts into effect what is to be given up for memory."""
-        if saving.checkpoint_every:
-            checkpoint_layers(self.base, saving.checkpoint_every)  # type: ignore[arg-type]
-        self.scorer.tile_bytes = saving.tile_bytes
 
     def step_bytes(self, pairs: Sequence[TokenizedPair]) -> int:
         """What one micro-batch takes at its peak, beyond weights and gradients.

@@ -8,42 +8,12 @@ byte; it needs no numbers in them, so it also measures models that have no weigh
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from dpo.logps import TILE_BYTES
-
-
-class Saving(NamedTuple):
-    """What is given up for memory. Numbers do not change.
-
-    Attributes:
-        checkpoint_every: which layers are computed again in the backward: every n-th; 0: none.
-        tile_bytes: of the head's logits at once.
-    """
-
-    checkpoint_every: int = 0
-    tile_bytes: int = TILE_BYTES
-
-    def __str__(self) -> str:
-        layers = {0: "no layer", 1: "every layer"}
-        which = layers.get(self.checkpoint_every, f"every {self.checkpoint_every}. layer")
-        tile = f", the head's tile {self.tile_bytes // 2**20} MiB"
-        return f"{which} checkpointed" + (tile if self.tile_bytes != TILE_BYTES else "")
-
-
-# The rule of `train.tokens_per_microbatch: auto`, for the trainer and the planner.
-MOST_TOKENS = {  # a micro-batch, unless a pair is longer
-    "cuda": 16384,  # more make no product faster, and a step has few more
-    "cpu": 2048,  # more no longer lie in its caches (benchmarks/results/ablation.md)
-}
-SHARE = 0.9  # of the free memory
-# Tried in turn until the longest pair fits.
-SAVINGS = (*(Saving(every) for every in (0, 4, 2, 1)), Saving(1, TILE_BYTES // 8))
 
 _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -112,17 +82,6 @@ def free_bytes(device: torch.device) -> int:
             used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
             available.append(int(limit) - used)
     return max(0, min(available))
-
-
-def fitting_tokens(
-    free: float | int, bytes_per_token: float, *, longest: int = 0, device_type: str = "cuda"
-) -> int:
-    """Tokens of a micro-batch that fit into so many bytes, at most what is of use there.
-
-    `longest`: tokens of the longest pair, which stays whole.
-    """
-    most = max(MOST_TOKENS[device_type], longest)
-    return max(0, min(most, int(SHARE * free / bytes_per_token)))
 
 
 def _control_groups() -> list[Path]:

@@ -7,22 +7,21 @@ import math
 from collections.abc import Iterator
 
 from dpo.config import Config
+from dpo.data.order import Order
 from dpo.plan.fake import FakePolicy
-from dpo.plan.flops import Costs, Work, costs
-from dpo.plan.gpus import Gpu
-from dpo.plan.memory import MOST_TOKENS, SAVINGS, SHARE
-from dpo.plan.plan import (
-    Budget,
-    Sample,
+from dpo.plan.fit import (
+    MOST_TOKENS,
+    SAVINGS,
+    SHARE,
+    Fit,
     bytes_per_token,
     choose_base,
-    choose_budget,
-    disk_parts,
-    mean_work,
     memory_parts,
-    pairs_per_step,
-    total_steps,
+    plan_fit,
 )
+from dpo.plan.flops import Costs, Work, costs
+from dpo.plan.gpus import Gpu
+from dpo.plan.plan import Sample, disk_parts, mean_work, order_of
 from dpo.table import Row, Table
 
 ALLOWANCE_GIB = 2.0  # CUDA's context, the driver's and ECC's share, the allocator's gaps
@@ -30,20 +29,20 @@ ALLOWANCE_GIB = 2.0  # CUDA's context, the driver's and ECC's share, the allocat
 
 def plan_tables(config: Config, gpu: Gpu, sample: Sample, *, mfu: float) -> Iterator[Table]:
     """Lengths; memory; FLOPs and time, at the share `mfu` of the GPU's peak; disk."""
-    steps = total_steps(config, sample)
+    order = order_of(config, sample)
     fake = FakePolicy(config)
     yield _lengths_table(sample)
     memory = (gpu.memory_gib - ALLOWANCE_GIB) * 2**30
     dequantized, reason = choose_base(config, memory, sample.pairs, fake)
     parts = memory_parts(fake, config, dequantized=dequantized)
     left = memory - sum(parts.values())
-    budget = choose_budget(fake, config, left, sample)
-    model_costs, pair = costs(fake.policy.model), mean_work(fake, sample, budget)
-    at_once = min(budget.tokens, math.ceil(pairs_per_step(config) * sample.mean(sample.tokens)))
-    verdict = [*([reason] if reason else []), *_verdict(config, fake, sample, left, budget)]
-    yield _memory_table(gpu, parts, at_once, at_once * budget.bytes_per_token, verdict)
-    yield _costs_table(config, gpu, model_costs, pair, steps, mfu)
-    yield _disk_table(disk_parts(config, fake, sample, steps))
+    fit = plan_fit(fake, config, left, sample.pairs)
+    model_costs, pair = costs(fake.policy.model), mean_work(fake, sample, fit)
+    at_once = min(fit.tokens, math.ceil(order.pairs_per_step * sample.mean(sample.tokens)))
+    verdict = [*([reason] if reason else []), *_verdict(config, fake, sample, left, fit)]
+    yield _memory_table(gpu, parts, at_once, at_once * fit.bytes_per_token, verdict)
+    yield _costs_table(config, gpu, model_costs, pair, order, mfu)
+    yield _disk_table(disk_parts(config, fake, sample, order))
 
 
 def _lengths_table(sample: Sample) -> Table:
@@ -78,44 +77,44 @@ def _memory_table(
 
 
 def _verdict(
-    config: Config, fake: FakePolicy, sample: Sample, left: float, budget: Budget
+    config: Config, fake: FakePolicy, sample: Sample, left: float, fit: Fit
 ) -> Iterator[str]:
     """What fits, in sentences; the last thing to ask of `fake`, whose layers may be changed."""
     if left <= 0:
         yield f"DOES NOT FIT: {_gib(-left)} GiB are missing before the first token."
         return
-    per_token = f"{budget.bytes_per_token / 2**20:.3g} MiB"
-    yield f"A token takes {per_token} with {budget.saving}; {_gib(left)} GiB are left."
+    per_token = f"{fit.bytes_per_token / 2**20:.3g} MiB"
+    yield f"A token takes {per_token} with {fit.saving}; {_gib(left)} GiB are left."
     is_auto = config.train.tokens_per_microbatch == "auto"
     how = (
         f"auto: {SHARE} of what is left, at most {MOST_TOKENS['cuda']}"
         if is_auto
         else "as configured"
     )
-    yield f"Token budget of a micro-batch: {budget.tokens} ({how})."
-    fit = int(left / budget.bytes_per_token)
-    if budget.tokens > fit:
-        yield f"DOES NOT FIT: {fit} tokens would. Set train.tokens_per_microbatch to auto."
+    yield f"Token budget of a micro-batch: {fit.tokens} ({how})."
+    most = int(left / fit.bytes_per_token)
+    if fit.tokens > most:
+        yield f"DOES NOT FIT: {most} tokens would. Set train.tokens_per_microbatch to auto."
     longest = {
         "The longest pair of these": max(sample.tokens),
         "The longest that data.max_length allows": 2 * config.data.max_length - 3,
     }
     for name, tokens in longest.items():
-        yield f"{name} has {tokens} tokens and {'fits' if tokens <= fit else 'DOES NOT FIT'}."
-    if max(longest.values()) > fit and budget.saving != SAVINGS[-1]:
-        fake.save_memory(SAVINGS[-1])
+        yield f"{name} has {tokens} tokens and {'fits' if tokens <= most else 'DOES NOT FIT'}."
+    if max(longest.values()) > most and fit.saving != SAVINGS[-1]:
+        SAVINGS[-1].apply(fake.scorer)
         most = int(left / bytes_per_token(fake, sample.pairs))
         yield f"With {SAVINGS[-1]} a pair of up to {most} tokens fits."
 
 
 def _costs_table(
-    config: Config, gpu: Gpu, model_costs: Costs, pair: Work, steps: int, mfu: float
+    config: Config, gpu: Gpu, model_costs: Costs, pair: Work, order: Order, mfu: float
 ) -> Table:
     """Of a pair by part, of a step and of the run; beside it with the reference on disk."""
     live, cached = (model_costs.flops(pair, live_reference=is_live) for is_live in (True, False))
     if config.reference.mode == "zero":
         live = cached
-    pairs = pairs_per_step(config)
+    pairs, steps = order.pairs_per_step, order.num_steps
     rows: list[Row] = [("FLOPs", "reference each step", "reference cached")]
     for name, part in (
         ("policy forward, a pair", "forward"),

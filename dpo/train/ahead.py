@@ -10,15 +10,16 @@ import torch
 from tqdm import tqdm
 
 from dpo.config import Config
-from dpo.data.loader import load_data, micro_batches, step_indices
+from dpo.data.loader import load_data
+from dpo.data.order import Order, micro_batches
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
-from dpo.model.fingerprint import reference_digest
-from dpo.model.load import load_policy, load_tokenizer
-from dpo.model.reference import AdapterOff, Cached, Frozen, choose_mode, open_cache
-from dpo.model.scorer import Scorer
-from dpo.train.launch import build_accelerator, on_main
-from dpo.train.trainer import step_counts
+from dpo.model.load import load_tokenizer
+from dpo.model.models import build_models
+from dpo.model.reference import Reference
+from dpo.ranks import sum_over_ranks
+from dpo.train.budget import load_policy_to_fit, probe_pairs
+from dpo.train.launch import build_accelerator
 
 PAIRS_AT_ONCE = 256  # cut into micro-batches together
 
@@ -43,19 +44,13 @@ def cache_reference(config: Config) -> str:
     tokenizer = load_tokenizer(config.model)
     with accelerator.main_process_first():
         data = load_data(config, tokenizer)
-    policy = load_policy(config, accelerator.device)
-    policy.model.eval()
-    scorer = Scorer(policy.model, config.model.attention)
-    is_adapter = choose_mode(config.reference.mode, policy) == "adapter"
-    # Nothing trains here: the policy is the reference, once its adapter is off.
-    live = AdapterOff(scorer, policy) if is_adapter else Frozen(policy.model, scorer.layout)
-    kind = {"layout": scorer.layout, "device_type": accelerator.device.type}
-    digest = on_main(accelerator, lambda: reference_digest(config.model, **kind))
-    cached = Cached(live, open_cache(config.reference.cache, digest))
-
     rank, ranks = accelerator.process_index, accelerator.num_processes
+    order = Order.of(config.train, len(data.train), ranks)
+    policy = load_policy_to_fit(config, accelerator, probe_pairs(data.train, order))
+    policy.model.eval()
+    reference = build_models(policy, config, accelerator, will_train=False).reference
     parts = [
-        (data.train, used_indices(config, len(data.train), ranks)[rank::ranks]),
+        (data.train, order.seen()[rank::ranks]),
         (data.held_out, np.arange(len(data.held_out))[rank::ranks]),
     ]
     bar = tqdm(
@@ -69,34 +64,26 @@ def cache_reference(config: Config) -> str:
         for pairs, indices in parts:
             for start in range(0, len(indices), PAIRS_AT_ONCE):
                 some = [*pairs.select(indices[start : start + PAIRS_AT_ONCE])]
-                _compute(some, cached, config.train.scoring_tokens, accelerator.device)
+                _compute(some, reference, config.train.scoring_tokens, accelerator.device)
                 bar.update(len(some))
     finally:
-        cached.flush()  # stopped half-way, it keeps what it has
+        reference.flush()  # stopped half-way, it keeps what it has
         bar.close()
-    counts = torch.tensor([cached.num_computed, cached.num_found], device=accelerator.device)
-    computed, found = accelerator.reduce(counts, reduction="sum").tolist()  # type: ignore[union-attr]
+    counts = torch.tensor([reference.num_computed, reference.num_found], device=accelerator.device)
+    computed, found = sum_over_ranks(accelerator, counts).tolist()
+    assert reference.store
     accelerator.end_training()
-    return f"{computed} pairs computed, {found} were there: {cached.store.folder}"
+    return f"{computed} pairs computed, {found} were there: {reference.store.folder}"
 
 
-def _compute(pairs: list[TokenizedPair], cached: Cached, budget: int, device: torch.device) -> None:
+def _compute(
+    pairs: list[TokenizedPair], reference: Reference, budget: int, device: torch.device
+) -> None:
     """Puts those of the pairs into the cache that are not there."""
-    missing = [pair for pair in pairs if cached.store.get(pair) is None]
-    cached.num_found += len(pairs) - len(missing)
+    assert reference.store
+    missing = [pair for pair in pairs if pair not in reference.store]
+    reference.num_found += len(pairs) - len(missing)
     if missing:
         for positions in micro_batches([pair.num_stream_tokens for pair in missing], budget):
-            cached(build_stream([missing[i] for i in positions]).to(device))
-        cached.settle()
-
-
-def used_indices(config: Config, num_pairs: int, num_processes: int) -> np.ndarray:
-    """Of the training pairs, those that a run on as many processes sees in all its steps."""
-    pairs_per_step, num_steps = step_counts(config.train, num_pairs, num_processes)
-    if num_steps * pairs_per_step >= num_pairs:
-        return np.arange(num_pairs)
-    steps = (
-        step_indices(num_pairs, pairs_per_step, config.train.seed, step)
-        for step in range(num_steps)
-    )
-    return np.sort(np.concatenate([*steps]))
+            reference(build_stream([missing[i] for i in positions]).to(device))
+        reference.settle()

@@ -1,29 +1,30 @@
-"""How many tokens go through the model at once: as many as fit, found by trying.
+"""How many tokens go through the model at once, while the run lasts.
 
-One micro-batch is scored and differentiated, which gives the bytes that a token takes; 0.9 of what
-is free is divided by them. Activations grow with the tokens and hardly anything else does, so one
-measurement is enough, and the 0.9 and `Budget.lower` allow for what it misses.
-
-Gradient checkpointing costs a third more work and is only turned on when not even the longest pair
-fits without: then on as few layers as will do, and last the head's tile is made smaller.
+At the start one micro-batch is scored and differentiated, and `dpo.plan.fit` says from its bytes
+how many tokens fit. `Budget` then follows what really happens: it shrinks where memory runs out all
+the same, and grows again later.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
 
+from dpo.config import Config
+from dpo.data.order import Order
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
 from dpo.logps import pair_logps
-from dpo.model.load import Policy, checkpoint_layers, load_policy
-from dpo.model.reference import Absent, Frozen
-from dpo.plan.memory import SAVINGS, Saving, fitting_tokens, free_bytes, peak_bytes
-from dpo.plan.plan import choose_base, optimizer_bytes
+from dpo.model.load import Policy, load_policy
+from dpo.model.models import Models
+from dpo.model.reference import Frozen
+from dpo.plan.fit import Saving, choose_base, fit_tokens, optimizer_bytes
+from dpo.plan.memory import free_bytes, peak_bytes
+from dpo.ranks import smallest_over_ranks
 
 PROBE_TOKENS = 2048  # enough for the bytes that do not depend on the tokens to count for little
 STEPS_TO_RECOVER = 50  # a try that fails costs a micro-batch or two
@@ -72,15 +73,32 @@ class Budget:
         return {"tokens_per_microbatch": self.tokens, "saving": self.saving, "growth": growth}
 
 
-def token_budget(run: Any, state: dict[str, Any]) -> Budget:
-    """What `train.tokens_per_microbatch` means for a `trainer.Run`.
+def token_budget(
+    config: Config,
+    accelerator: Accelerator,
+    models: Models,
+    pairs: Sequence[TokenizedPair],
+    longest: int,
+    state: Mapping[str, Any],
+) -> Budget:
+    """What `train.tokens_per_microbatch` means for these models; every rank must call.
 
     Args:
-        run: with its model loaded and nothing trained yet, or resumed.
-        state: of the checkpoint that it goes on from: the same micro-batches again. Else {}.
+        config: of the run.
+        accelerator: of the run.
+        models: loaded, nothing trained yet; or resumed.
+        pairs: of the first step; some of them are measured.
+        longest: tokens of the longest pair of the run.
+        state: of the checkpoint that the run goes on from: the same micro-batches again. Else {}.
+
+    Raises:
+        UserError: the longest pair does not fit, even with every layer checkpointed.
     """
-    given, device = run.config.train.tokens_per_microbatch, run.accelerator.device
-    as_configured = Saving(int(run.config.train.gradient_checkpointing))
+    given, has_checkpointing = (
+        config.train.tokens_per_microbatch,
+        config.train.gradient_checkpointing,
+    )
+    as_configured = Saving(int(has_checkpointing))
     tokens = state.get("tokens_per_microbatch", 0)
     growth = state.get("growth", {"full": tokens})
     if given == growth["full"]:
@@ -91,126 +109,95 @@ def token_budget(run: Any, state: dict[str, Any]) -> Budget:
         return Budget(given, as_configured, reason, full=given)
     if state:
         saving = Saving(*state.get("saving", as_configured))
-        save_memory(run, saving)
+        save_memory(models, accelerator, saving)
         reason = f"{tokens} tokens a micro-batch, {saving}, as before"
         return Budget(tokens, saving, reason, **growth)
-    stream = build_stream(probe_pairs(run)).to(device)
-    is_absent = isinstance(run.live_reference, Absent)
-    reference = run.reference if is_absent else run.live_reference
+    return _auto_budget(config, accelerator, models, pairs, longest)
+
+
+def _auto_budget(
+    config: Config,
+    accelerator: Accelerator,
+    models: Models,
+    pairs: Sequence[TokenizedPair],
+    longest: int,
+) -> Budget:
+    """As many tokens as fit, measured on some pairs."""
+    device = accelerator.device
+    stream = build_stream(pairs).to(device)
+    reference = models.reference if models.reference.is_absent else models.reference.live
+    for parameter in models.trained:  # gradients exist whatever the tokens: they are not counted
+        parameter.grad = torch.zeros_like(parameter)
+    moments = optimizer_bytes(models.trained, config.optim.name)
 
     def score_and_differentiate() -> None:
-        with run.accelerator.no_sync(run.scorer):
+        with accelerator.no_sync(models.scorer):
             logps = pair_logps(
-                run.scorer(stream), reference(stream), stream.sequence_ids, stream.num_pairs
+                models.scorer(stream), reference(stream), stream.sequence_ids, stream.num_pairs
             )
-            run.accelerator.backward(logps.logratio_gap.sum())
+            accelerator.backward(logps.logratio_gap.sum())
 
-    return auto_budget(
-        run.policy.model,
-        score_and_differentiate,
-        num_tokens=len(stream.input_ids),
-        longest=run.data.train.longest,
-        optimizer=run.config.optim.name,
-        device=device,
-        savings=[s for s in SAVINGS if s.checkpoint_every == 1] if as_configured[0] else SAVINGS,
-        save=lambda saving: save_memory(run, saving),
-        smallest_over_ranks=lambda number: smallest_over_ranks(run.accelerator, number),
+    def measure(saving: Saving) -> tuple[float, float]:
+        save_memory(models, accelerator, saving)
+        try:
+            per_token = peak_bytes(device, score_and_differentiate) / len(stream.input_ids)
+            return per_token, float(free_bytes(device) - moments)
+        except torch.OutOfMemoryError:
+            return math.inf, 0.0
+
+    fit = fit_tokens(
+        measure,
+        longest=longest,
+        has_checkpointing=config.train.gradient_checkpointing,
+        device_type=device.type,
+        agree=lambda tokens: smallest_over_ranks(accelerator, tokens),
     )
+    models.policy.model.zero_grad()
+    if fit.tokens < longest:
+        raise UserError(
+            f"train.tokens_per_microbatch: got auto, but the longest pair has {longest} tokens and "
+            f"{fit.tokens} fit, with gradient checkpointing. Lower data.max_length, or take "
+            "model.quantization nf4, a smaller model or a device with more memory."
+        )
+    reason = (
+        f"{fit.tokens} tokens a micro-batch, {fit.saving}: a token takes "
+        f"{fit.bytes_per_token / 1024:.4g} KiB, {fit.free_bytes / 2**30:.3g} GiB are free"
+    )
+    return Budget(fit.tokens, fit.saving, reason, full=fit.tokens)
 
 
-def load_policy_to_fit(run: Any) -> Policy:
-    """Loads the policy of a `trainer.Run`, a 4-bit base in plain layers if every rank has room."""
-    config, device = run.config, run.accelerator.device
-    wanted, reason = choose_base(config, free_bytes(device), probe_pairs(run))
-    dequantized = bool(smallest_over_ranks(run.accelerator, int(wanted)))
+def load_policy_to_fit(
+    config: Config, accelerator: Accelerator, pairs: Sequence[TokenizedPair]
+) -> Policy:
+    """Loads the policy, a 4-bit base in plain layers if every rank has room; every rank must call.
+
+    `pairs`: some of the run's; their tokens stand for all.
+    """
+    wanted, reason = choose_base(config, free_bytes(accelerator.device), pairs)
+    dequantized = bool(smallest_over_ranks(accelerator, int(wanted)))
     if wanted and not dequantized:
         reason = "base: kept in 4 bits: another rank has no room for it dequantised"
     set_seed(config.train.seed)
-    policy = load_policy(config, device, dequantized=dequantized)
+    policy = load_policy(config, accelerator.device, dequantized=dequantized)
     policy.notes += [reason] if reason else []
     return policy
 
 
-def save_memory(run: Any, saving: Saving) -> None:
-    """Puts into effect what is to be given up for memory; `run` is a `trainer.Run`."""
-    scorer = run.accelerator.unwrap_model(run.scorer)
-    if saving.checkpoint_every:
-        checkpoint_layers(scorer.causal_lm, saving.checkpoint_every)
-    scorer.tile_bytes = saving.tile_bytes
-    if isinstance(run.live_reference, Frozen):
-        run.live_reference.scorer.tile_bytes = saving.tile_bytes
+def save_memory(models: Models, accelerator: Accelerator, saving: Saving) -> None:
+    """Puts into effect what is to be given up for memory."""
+    live = models.reference.live
+    reference = live.scorer if isinstance(live, Frozen) else None
+    saving.apply(accelerator.unwrap_model(models.scorer), reference)
 
 
-def smallest_over_ranks(accelerator: Accelerator, number: int) -> int:
-    """The smallest of the numbers that all ranks give."""
-    numbers: Any = accelerator.gather(torch.tensor([number], device=accelerator.device))
-    return int(numbers.min())
-
-
-def probe_pairs(run: Any) -> list[TokenizedPair]:
-    """The first pairs of a `trainer.Run`, up to PROBE_TOKENS."""
+def probe_pairs(pairs: Sequence[TokenizedPair], order: Order) -> list[TokenizedPair]:
+    """The first pairs that a run sees, up to PROBE_TOKENS."""
     chosen: list[TokenizedPair] = []
     tokens = 0
-    for index in run.indices(1):
-        pair = run.data.train[index]
+    for index in order.indices(1):
+        pair = pairs[index]
         if chosen and tokens + pair.num_stream_tokens > PROBE_TOKENS:
             break
         chosen.append(pair)
         tokens += pair.num_stream_tokens
     return chosen
-
-
-def auto_budget(
-    model: nn.Module,
-    work: Callable[[], object],
-    *,
-    num_tokens: int,
-    longest: int,
-    optimizer: str,
-    device: torch.device,
-    savings: Sequence[Saving],
-    save: Callable[[Saving], object],
-    smallest_over_ranks: Callable[[int], int],
-) -> Budget:
-    """As many tokens as fit, giving up as little as the longest pair allows.
-
-    Args:
-        model: of `work`.
-        work: scores and differentiates `num_tokens` tokens on `device`.
-        num_tokens: of `work`.
-        longest: tokens of the longest pair, which must fit.
-        optimizer: its name in the configuration; its state is not there yet.
-        device: of the model.
-        savings: what may be given up, tried in turn.
-        save: puts one of them into effect.
-        smallest_over_ranks: the smallest of the numbers that all ranks give.
-
-    Raises:
-        UserError: the longest pair does not fit, even with every layer checkpointed.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:  # gradients exist whatever the tokens: they are not to be counted
-        parameter.grad = torch.zeros_like(parameter)
-    moments = optimizer_bytes(trained, optimizer)
-    tokens = 0
-    for saving in savings:
-        save(saving)
-        try:
-            per_token = peak_bytes(device, work) / num_tokens
-            free = free_bytes(device) - moments
-            fits = fitting_tokens(free, per_token, longest=longest, device_type=device.type)
-        except torch.OutOfMemoryError:
-            per_token, free, fits = float("nan"), 0, 0
-        tokens = smallest_over_ranks(fits)
-        if tokens >= longest:
-            model.zero_grad()
-            reason = (
-                f"{tokens} tokens a micro-batch, {saving}: a token takes {per_token / 1024:.4g} "
-                f"KiB, {free / 2**30:.3g} GiB are free"
-            )
-            return Budget(tokens, saving, reason, full=tokens)
-    raise UserError(
-        f"train.tokens_per_microbatch: got auto, but the longest pair has {longest} tokens and "
-        f"{tokens} fit, with gradient checkpointing. Lower data.max_length, or take "
-        "model.quantization nf4, a smaller model or a device with more memory."
-    )

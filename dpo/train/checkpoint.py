@@ -12,7 +12,7 @@ NF4, and pickles its random states.
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from dpo.config import Config
 from dpo.data.files import file_sums
 from dpo.errors import UserError
 from dpo.model.load import load_weights
-from dpo.train.selfcheck import first_reference_logps
 
 # May differ between a run and its continuation: they do not change what is computed.
 _FREE_KEYS = (
@@ -34,9 +33,26 @@ _FREE_KEYS = (
     "train.logging_steps train.eval_steps train.eval_prompts train.eval_max_new_tokens "
     "train.eval_exact_match train.metric_for_best_model train.tokens_per_microbatch "
     "train.gradient_checkpointing train.peak_tflops train.deterministic reference.cache "
-    # Their product with the number of ranks is compared instead, by the trainer.
+    # Their product with the number of ranks is compared instead, in _check_same_run.
     "train.per_device_train_batch_size train.gradient_accumulation_steps"
 ).split()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run and its continuation must have in common, apart from the configuration.
+
+    Attributes:
+        pairs_per_step: on all ranks together.
+        data: digest of the training pairs and their order.
+        weights: digest of the model's files before training.
+        reference_logps: of the reference, token log-probs of a few pairs.
+    """
+
+    pairs_per_step: int
+    data: str
+    weights: str
+    reference_logps: list[float]
 
 
 def find_checkpoint(config: Config) -> Path | None:
@@ -107,69 +123,66 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: Config,
+    identity: Identity,
     state: dict[str, Any],
-    keep: int,
 ) -> Path:
-    """Writes `checkpoint-{step}`, then deletes all but the newest `keep`; one process calls it."""
+    """Writes `checkpoint-{step}`, then deletes the oldest; one process calls it."""
     unfinished, checkpoint = folder / f".checkpoint-{step}", folder / f"checkpoint-{step}"
     for stale in (unfinished, checkpoint):
         shutil.rmtree(stale, ignore_errors=True)
     save_weights(model, unfinished)
     torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
-    (unfinished / "state.json").write_text(json.dumps({"step": step, **state}))
+    (unfinished / "state.json").write_text(json.dumps({"step": step, **asdict(identity), **state}))
     (unfinished / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     manifest = file_sums(unfinished, "*")
     (unfinished / "manifest.json").write_text(json.dumps(manifest))
     os.rename(unfinished, checkpoint)
-    for old in list_checkpoints(folder)[:-keep]:
+    for old in list_checkpoints(folder)[: -config.train.save_total_limit]:
         shutil.rmtree(old)
     return checkpoint
 
 
 def load_checkpoint(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity
 ) -> dict[str, Any]:
-    """Puts weights and optimizer back where they were; returns the saved state."""
-    load_weights(checkpoint, model)
-    state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state)
-    return json.loads((checkpoint / "state.json").read_text())
-
-
-def resume(run: Any, checkpoint: Path) -> dict[str, Any]:
-    """Puts a `trainer.Run` back to the checkpoint, if it is the same run; returns the saved state.
+    """Puts weights and optimizer back where they were; returns the saved state.
 
     Raises:
-        UserError: the size of a step, the pairs or the reference have changed since.
+        UserError: it is not the same run: what `identity` holds has changed since.
     """
-    state = load_checkpoint(checkpoint, run.policy.model, run.optimizer.optimizer)
+    state = json.loads((checkpoint / "state.json").read_text())
+    _check_same_run(checkpoint, state, identity)
+    load_weights(checkpoint, model)
+    optimizer_state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(optimizer_state)
+    return state
+
+
+def _check_same_run(checkpoint: Path, state: dict[str, Any], now: Identity) -> None:
     if "weights" not in state:
         raise UserError(
             f"train.resume: {checkpoint} is of a version before 0.3.0, which kept no digest "
             "of the reference. Set train.resume to never."
         )
-    if state["pairs_per_step"] != run.pairs_per_step:
+    if state["pairs_per_step"] != now.pairs_per_step:
         raise UserError(
             f"train.resume: {checkpoint} took {state['pairs_per_step']} pairs a step, now it "
-            f"would be {run.pairs_per_step}. Set train.per_device_train_batch_size and "
+            f"would be {now.pairs_per_step}. Set train.per_device_train_batch_size and "
             "train.gradient_accumulation_steps so that the product over devices is the same."
         )
-    if state["data"] != run.data.train.digest:
+    if state["data"] != now.data:
         raise UserError(
             f"train.resume: the pairs have changed since {checkpoint}: their tokens or their "
             "order differ. Restore the rows, or set train.resume to never."
         )
-    both = zip(first_reference_logps(run), state["reference_logps"], strict=True)
-    moved = max(abs(now - then) for now, then in both)
-    if state["weights"] != run.weights_digest or not moved <= 0.02:
+    both = zip(now.reference_logps, state["reference_logps"], strict=True)
+    moved = max(abs(new - old) for new, old in both)
+    if state["weights"] != now.weights or not moved <= 0.02:
         raise UserError(
             f"train.resume: the reference has changed since {checkpoint}: the files of the model "
             f"differ, or the log-prob of a token does (by {moved:.3g} nats). Restore the model at "
             "model.name_or_path, or set train.resume to never."
         )
-    if run.accelerator.is_main_process:
-        run.means.load(state["sums"])
-    return state
 
 
 def verify(checkpoint: Path) -> None:

@@ -1,17 +1,13 @@
 """Accelerate, for what it is best at: devices, processes and trackers."""
 
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs
 
 from dpo.config import Config
 from dpo.errors import UserError
-
-T = TypeVar("T")
 
 
 def build_accelerator(config: Config, trackers: list[str]) -> Accelerator:
@@ -42,18 +38,3 @@ def prepare_torch(config: Config) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def on_main(accelerator: Accelerator, do: Callable[[], T]) -> T:
-    """What `do` returns on the main process, on every process; a user's error reaches them all."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = do()
-        except UserError as error:
-            outcome[1] = str(error)
-    if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]

@@ -1,49 +1,41 @@
-"""The loop: from a configuration to a trained adapter, log-probs to a step.
+"""The loop: from a configuration to a trained adapter.
 
-Everything is counted once and globally. A step is `per_device_train_batch_size x
-gradient_accumulation_steps x ranks` pairs, drawn by a pure function of (seed, step). The losses of
-its pairs are summed over micro-batches and ranks and divided by the number of pairs in the whole
-step, so every split into micro-batches, every number of ranks and every short last step gives one
-gradient.
+`Run` sets everything up, narrates and finishes; what a step does is in `dpo.train.step`.
 
 Left out on purpose: callbacks, and Accelerate's accumulation, schedulers, samplers and
 `save_state`: each scales, orders or restores something in a way that would have to be undone.
 """
 
 import json
-import math
-from contextlib import nullcontext
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from dpo.config import BEST_METRICS, Config, TrainConfig, save
-from dpo.data.loader import balance, load_data, micro_batches, step_indices
-from dpo.data.stream import Stream, TokenizedPair, build_stream
-from dpo.errors import UserError
+from dpo.config import BEST_METRICS, Config, save
+from dpo.data.loader import load_data
+from dpo.data.order import Order, is_due
 from dpo.evaluate.diagnostics import Watch
 from dpo.evaluate.evaluator import Evaluator
 from dpo.evaluate.token_rewards import rewards_to_show
-from dpo.logps import pair_logps
-from dpo.losses import LOSSES, PairLogps
-from dpo.metrics import RunningMeans, pair_metrics
-from dpo.model.fingerprint import reference_digest, weights_digest
-from dpo.model.load import compile_layers, load_tokenizer
-from dpo.model.logp_cache import LogpCache
-from dpo.model.reference import Cached, Reference, build_reference, choose_mode, open_cache
-from dpo.model.scorer import Scorer
-from dpo.plan.flops import costs, work
+from dpo.metrics import RunningMeans
+from dpo.model.fingerprint import weights_digest
+from dpo.model.load import load_tokenizer
+from dpo.model.models import build_models
+from dpo.plan.flops import costs
 from dpo.plan.gpus import peak_tflops
+from dpo.ranks import on_main, smallest_over_ranks, sum_over_ranks
 from dpo.report.page import write_report
 from dpo.train import checkpoint as checkpoints
-from dpo.train.budget import load_policy_to_fit, smallest_over_ranks, token_budget
+from dpo.train.budget import load_policy_to_fit, probe_pairs, token_budget
 from dpo.train.header import header
-from dpo.train.launch import build_accelerator, on_main
-from dpo.train.optim import build_optimizer, learning_rate
-from dpo.train.selfcheck import check_start, first_reference_logps
+from dpo.train.launch import build_accelerator
+from dpo.train.optim import build_optimizer
+from dpo.train.selfcheck import check_start, first_pairs
+from dpo.train.step import TrainStep
 from dpo.train.throughput import Stopwatch, Window
 from dpo.train.tracking import (
     Tracker,
@@ -54,14 +46,6 @@ from dpo.train.tracking import (
 )
 
 
-class MicroBatch(NamedTuple):
-    """What is kept of a micro-batch once its gradient is there: places in the step, and values."""
-
-    positions: list[int]
-    losses: Tensor
-    metrics: Tensor
-
-
 def train(config: Config) -> Path:
     """Runs the configuration to its end; returns the run folder.
 
@@ -70,17 +54,17 @@ def train(config: Config) -> Path:
         RuntimeError: the start-up self-check or a gradient shows numbers that cannot be trusted.
     """
     run = Run(config)
-    check_start(run)
+    run.check_start()
     if not run.start_step:
         run.evaluate(step=0)
-    for step in range(run.start_step + 1, run.total_steps + 1):
+    for step in range(run.start_step + 1, run.order.num_steps + 1):
         run.train_step(step)
         run.log(step)
-        if run.is_due(step, config.train.eval_steps) or step == run.total_steps:
+        if is_due(step, config.train.eval_steps) or step == run.order.num_steps:
             run.evaluate(step)
-        if run.is_due(step, config.train.save_steps):
+        if is_due(step, config.train.save_steps):
             run.save(step)
-        elif run.ends_epoch(step):
+        elif run.order.ends_epoch(step):
             run.share_reference()
     return run.finish()
 
@@ -93,181 +77,83 @@ class Run:
         self.config = config
         trackers = check_trackers(config.train.report_to)
         self.accelerator = accelerator = build_accelerator(config, trackers)
+        device = accelerator.device
         resume_from = on_main(accelerator, lambda: checkpoints.find_checkpoint(config))
         self.folder = Path(config.train.output_dir)
 
         self.tokenizer = load_tokenizer(config.model)
         with accelerator.main_process_first():  # the others find the tokenised pairs in the cache
-            self.data = load_data(config, self.tokenizer)
-        self.pairs_per_step, self.total_steps = step_counts(
-            config.train, len(self.data.train), accelerator.num_processes
-        )
+            self.data = data = load_data(config, self.tokenizer)
+        self.order = order = Order.of(config.train, len(data.train), accelerator.num_processes)
 
-        self.policy = load_policy_to_fit(self)
-        scorer = Scorer(self.policy.model, config.model.attention)
-        self.layout: Literal["shared", "padded"] = scorer.layout
-        self.layout_reason = scorer.layout_reason
-        if config.model.compile:  # after the scorer, whose probe must see the model's own errors
-            compile_layers(scorer.causal_lm, accelerator.device)
-        optimizer = build_optimizer(self.policy.model, config.optim)
-        self.scorer, self.optimizer = accelerator.prepare(
-            scorer, optimizer, device_placement=[False, False]
+        probe = probe_pairs(data.train, order)
+        policy = load_policy_to_fit(config, accelerator, probe)
+        all_pairs = chain(data.train.select(order.seen()), data.held_out)
+        # Sampled answers are pairs that nobody knows yet.
+        asked_for = None if config.train.eval_prompts else all_pairs
+        self.models = models = build_models(policy, config, accelerator, asked_for=asked_for)
+        self.optimizer = accelerator.prepare(
+            build_optimizer(policy.model, config.optim), device_placement=[False]
         )
-        # Before a checkpoint is loaded: the reference is what the policy was at step 0.
-        self.reference_mode = choose_mode(config.reference.mode, self.policy)
-        store = self._open_cache()
-        self.live_reference = build_reference(
-            self.reference_mode,
-            self.scorer,
-            self.policy,
-            self.layout,
-            is_all_cached=store is not None and self._is_all_in(store),
-        )
-        self.cached = Cached(self.live_reference, store) if store else None
-        self.reference: Reference = self.cached or self.live_reference
-        self.evaluator = Evaluator(
-            config,
-            accelerator,
-            self.policy.model,
-            self.scorer,
-            self.reference,
-            self.live_reference,
-            self.tokenizer,
-            self.data.held_out,
-            accelerator.device,
-        )
-        self.means = RunningMeans(accelerator.device)
-        self.costs = costs(self.policy.model)
-        self.stopwatch = Stopwatch(accelerator.device)
-        known_peak = peak_tflops(device_name(accelerator.device))
-        self.window = Window(self.stopwatch, config.train.peak_tflops or known_peak)
-        state = checkpoints.resume(self, resume_from) if resume_from else {}
+        # The reference above is what the policy was at step 0; only now may a checkpoint change it.
+        state = {}
+        if resume_from:
+            state = checkpoints.load_checkpoint(
+                resume_from, policy.model, self.optimizer.optimizer, self.identity
+            )
         self.start_step: int = state.get("step", 0)
         self.best: float | None = state.get("best")
-        self.budget = token_budget(self, state)
+        self.means = RunningMeans(device)
+        if state and accelerator.is_main_process:
+            self.means.load(state["sums"])
+        budget = token_budget(config, accelerator, models, probe, data.train.longest, state)
+
         # Only now, when nothing can be wrong with the configuration any more, is anything written.
-        has_reference = self.reference_mode != "zero"
-        watch = Watch(config.loss.beta if has_reference else None)
+        watch = Watch(config.loss.beta if models.reference.mode != "zero" else None)
         self.tracker = Tracker(accelerator, self.folder, watch)
+        about = header(config, accelerator, models, data, order, budget, self.start_step)
         if accelerator.is_main_process:
             checkpoints.prepare_run_folder(self.folder, resume_from)
             self.tracker.rewind(self.start_step)
             save(config, self.folder / "config.yaml")
-            (self.folder / "data_report.json").write_text(json.dumps(self.data.report, indent=1))
-            (self.folder / "header.txt").write_text(header(self) + "\n")
-        self.tracker.say(header(self))
-        self.tracker.start(config, self.start_step, self.total_steps)
+            (self.folder / "data_report.json").write_text(json.dumps(data.report, indent=1))
+            (self.folder / "header.txt").write_text(about + "\n")
+        self.tracker.say(about)
+        self.tracker.start(config, self.start_step, order.num_steps)
 
-    def train_step(self, step: int) -> None:
-        """One optimizer step, counted from 1, on this rank's part of its pairs."""
-        with self.stopwatch.part("data", on_host=True):
-            indices = self.indices(step)
-            pairs = [self.data.train[i] for i in indices]
-            num_tokens = [pair.num_stream_tokens for pair in pairs]
-            ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-            mine = balance(num_tokens, ranks)[rank]
-        seen = self._gradient(step, [pairs[i] for i in mine], pairs_in_step=len(pairs))
-        for micro_batch in seen:
-            self.means.add(micro_batch.metrics)
-        self._update(step, [([int(indices[mine[i]]) for i in m.positions], m.losses) for m in seen])
-        if self.cached:
-            self.cached.settle()  # the norm was read: the device has nothing left to do
-        self.window.add(len(pairs), sum(num_tokens))
+        peak = config.train.peak_tflops or peak_tflops(device_name(device))
+        self.window = Window(Stopwatch(device), peak)
+        self.train_step = TrainStep(
+            config,
+            accelerator,
+            models,
+            self.optimizer,
+            data.train,
+            order,
+            budget,
+            costs(policy.model),
+            self.means,
+            self.window,
+            self.tracker.say,
+        )
+        self.evaluator = Evaluator(config, accelerator, models, self.tokenizer, data.held_out)
 
-    def _gradient(
-        self, step: int, pairs: list[TokenizedPair], *, pairs_in_step: int
-    ) -> list[MicroBatch]:
-        """Sums the gradient of this rank's pairs, over smaller micro-batches where memory runs out.
-
-        Memory may only be fragmented, so the first failure of a step is tried again unchanged. The
-        smallest micro-batch comes last: under DDP its backward reduces the gradient over ranks,
-        which cannot be begun again. So with several ranks a lowered budget stays.
-        """
-        num_tokens = [pair.num_stream_tokens for pair in pairs]
-        if self.accelerator.num_processes == 1 and self.budget.recover(step):
-            self.tracker.say(f"memory: {self.budget.tokens} tokens a micro-batch again")
-        was_tried = False
-        while True:
-            bins = micro_batches(num_tokens, self.budget.tokens)
-            bins.sort(key=lambda positions: -sum(num_tokens[i] for i in positions))
-            seen: list[MicroBatch] = []
-            try:
-                for number, positions in enumerate(bins):
-                    with self.stopwatch.part("data", on_host=True):
-                        stream = build_stream([pairs[i] for i in positions])
-                        stream = stream.to(self.accelerator.device)
-                    self._seed_dropout(step, number)
-                    is_last = number == len(bins) - 1
-                    with nullcontext() if is_last else self.accelerator.no_sync(self.scorer):
-                        seen.append(MicroBatch(positions, *self._backward(stream, pairs_in_step)))
-                return seen
-            except torch.OutOfMemoryError:
-                pass  # the retry stands outside: the traceback keeps the activations alive
-            is_reducing = self.accelerator.num_processes > 1 and len(seen) == len(bins) - 1
-            if was_tried or is_reducing:
-                tokens = [[num_tokens[i] for i in b] for b in bins]
-                self._lower_budget(step, tokens, is_reducing=is_reducing)
-            else:
-                self.tracker.say("out of memory: the step is begun again")
-            was_tried = True
-            self.optimizer.zero_grad()
-            torch.cuda.empty_cache()
-
-    def _lower_budget(self, step: int, bins: list[list[int]], *, is_reducing: bool) -> None:
-        """After running out of memory, smaller micro-batches; `bins`: tokens of the pairs in each.
-
-        Raises:
-            UserError: every micro-batch has one pair already, or cannot be begun again.
-        """
-        if is_reducing or all(len(tokens) <= 1 for tokens in bins):
-            what = "while ranks were reducing a gradient" if is_reducing else "with one pair"
-            raise UserError(
-                f"train.tokens_per_microbatch: a micro-batch ran out of memory {what}; the largest "
-                f"has {sum(bins[0])} tokens. Set it lower, set train.gradient_checkpointing to "
-                "true, lower data.max_length, or quantise the model."
-            )
-        self.budget.lower(step, largest=sum(bins[0]))
-        self.tracker.say(f"out of memory: from here on {self.budget.tokens} tokens a micro-batch")
-
-    def _backward(self, stream: Stream, pairs_in_step: int) -> tuple[Tensor, Tensor]:
-        """Adds the gradient of one micro-batch; returns its losses and metrics, by pair."""
-        logps, losses = self._score(stream)
-        # DDP averages gradients over ranks; times their number, it sums them.
-        self.accelerator.backward(losses.sum() * (self.accelerator.num_processes / pairs_in_step))
-        return losses.detach(), pair_metrics(logps, losses, beta=self.config.loss.beta)
-
-    def _score(self, stream: Stream) -> tuple[PairLogps, Tensor]:
-        """Log-probs under both models, one loss per pair. The policy first: FSDP wants it so."""
-        policy = self.scorer(stream)
-        with self.stopwatch.part("reference"):
-            reference = self.reference(stream)
-        self.window.flops += self._flops(stream)
-        logps = pair_logps(policy, reference, stream.sequence_ids, stream.num_pairs)
-        return logps, LOSSES[self.config.loss.type](logps, **self.config.loss.options)
-
-    def _update(self, step: int, losses_seen: list[tuple[list[int], Tensor]]) -> None:
-        """Clips and steps; on a gradient that is not finite, every rank stops before the step."""
-        optim = self.config.optim
-        trained = [p for p in self.policy.model.parameters() if p.requires_grad]
-        norm = self.accelerator.clip_grad_norm_(trained, optim.max_grad_norm or math.inf)
-        self.window.grad_norm = float(norm)  # type: ignore[arg-type]
-        if not math.isfinite(self.window.grad_norm):
-            raise RuntimeError(self._not_finite(step, losses_seen))
-        self.window.learning_rate = learning_rate(step - 1, self.total_steps, optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.window.learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def check_start(self) -> None:
+        """Refuses to train on numbers that cannot be trusted, see `dpo.train.selfcheck`."""
+        check_start(
+            self.models,
+            first_pairs(self.data.train, self.order).to(self.accelerator.device),
+            self.accelerator,
+            is_first_start=not self.start_step,
+            is_compiled=self.config.model.compile,
+        )
 
     def log(self, step: int) -> None:
         """Means over the pairs since the last log; the first step is always logged alone."""
         metrics = None
-        if (
-            step == 1
-            or step == self.total_steps
-            or self.is_due(step, self.config.train.logging_steps)
-        ):
-            pairs = self.means.pop(self._sum_over_ranks)
+        is_last = step == self.order.num_steps
+        if step == 1 or is_last or is_due(step, self.config.train.logging_steps):
+            pairs = self.means.pop(self._sum)
             metrics = {
                 f"train/{name}": value for name, value in (pairs | self.window.pop()).items()
             }
@@ -289,42 +175,28 @@ class Run:
     def save(self, step: int) -> None:
         """Writes `checkpoint-{step}`."""
         self.share_reference()  # so that a resumed run finds what this one will find
-        self.budget.tokens = smallest_over_ranks(self.accelerator, self.budget.tokens)
-        state = {
-            "pairs_per_step": self.pairs_per_step,
-            **self.budget.state,
-            "data": self.data.train.digest,
-            "weights": self.weights_digest,
-            "sums": self.means.state(self._sum_over_ranks),
-            "best": self.best,
-            "reference_logps": first_reference_logps(self),
-        }
+        budget = self.train_step.budget
+        budget.tokens = smallest_over_ranks(self.accelerator, budget.tokens)
+        state = {**budget.state, "sums": self.means.state(self._sum), "best": self.best}
+        identity = self.identity
         if self.accelerator.is_main_process:
+            model, optimizer = self.models.policy.model, self.optimizer.optimizer
             checkpoints.save_checkpoint(
-                self.folder,
-                step,
-                self.policy.model,
-                self.optimizer.optimizer,
-                self.config,
-                state,
-                self.config.train.save_total_limit,
+                self.folder, step, model, optimizer, self.config, identity, state
             )
         self.accelerator.wait_for_everyone()
         self.window.restart_clock()
 
     def share_reference(self) -> None:
-        """What any rank has computed of the reference is on disk, and found by all."""
-        if self.cached:
-            self.cached.flush()
-            self.accelerator.wait_for_everyone()
-            self.cached.store.refresh()
+        """Lets every rank find what any rank has computed of the reference."""
+        self.models.reference.share(self.accelerator)
 
     def finish(self) -> Path:
         """Writes `final/` and `summary.json`, and prints the held-out figures before and after."""
         self.share_reference()
         if self.accelerator.is_main_process:
             final = self.folder / "final"
-            checkpoints.save_weights(self.policy.model, final)
+            checkpoints.save_weights(self.models.policy.model, final)
             self.tokenizer.save_pretrained(final)
             self.tracker.close_bar()
             evaluations = self.tracker.evaluations()
@@ -336,8 +208,8 @@ class Run:
             if evaluations:
                 old, new = (self.tracker.samples_at(line["step"]) for line in (before, after))
                 print(f"\n{closing_table(before, after)}\n\n{side_by_side(old, new)}")
-            if self.cached:
-                print(self.cached.summary())
+            if summary := self.models.reference.summary():
+                print(summary)
             print(f"The trained model is in {final}.")
             if self.config.train.write_report:
                 print(f"The report is in {write_report(self.folder)}.")
@@ -345,53 +217,20 @@ class Run:
         self.accelerator.end_training()  # closes trackers and the process group: nothing after it
         return self.folder
 
-    @staticmethod
-    def is_due(step: int, every: int) -> bool:
-        """Whether something that happens every so many steps (0: never) happens now."""
-        return every > 0 and step % every == 0
-
-    def ends_epoch(self, step: int) -> bool:
-        """Whether the step is the last of an epoch: in the next one, pairs go to other ranks."""
-        return self.is_due(step, math.ceil(len(self.data.train) / self.pairs_per_step))
-
-    def _open_cache(self) -> LogpCache | None:
-        """The cache that `reference.cache` names, of this run's reference."""
-        config = self.config
-        if config.reference.cache == "off" or self.reference_mode == "zero":
-            return None
-        kind = {"layout": self.layout, "device_type": self.accelerator.device.type}
-        digest = on_main(self.accelerator, lambda: reference_digest(config.model, **kind))
-        return open_cache(config.reference.cache, digest)
-
-    def _is_all_in(self, store: LogpCache) -> bool:
-        """Whether no pair of the run needs the live reference, which would be a second model."""
-        if self.reference_mode != "frozen" or self.config.train.eval_prompts:  # sampled answers
-            return False
-        seen = {i for step in range(1, self.total_steps + 1) for i in self.indices(step)}
-        in_training = (self.data.train[i] in store for i in sorted(seen))
-        return all(in_training) and all(pair in store for pair in self.data.held_out)
-
     @cached_property
-    def weights_digest(self) -> str:
-        """Of the model's files: what the policy was at step 0."""
-        return on_main(self.accelerator, lambda: weights_digest(self.config.model))
+    def identity(self) -> checkpoints.Identity:
+        """What a continuation of this run must have in common with it; every rank must ask."""
+        stream = first_pairs(self.data.train, self.order).to(self.accelerator.device)
+        return checkpoints.Identity(
+            pairs_per_step=self.order.pairs_per_step,
+            data=self.data.train.digest,
+            weights=on_main(self.accelerator, lambda: weights_digest(self.config.model)),
+            reference_logps=self.models.reference.peek(stream).tolist(),
+        )
 
-    def _flops(self, stream: Stream) -> float:
-        """Of policy and reference on one micro-batch, this rank's part of the step."""
-        its_work = work(stream.segments, len(stream.targets), self.layout)
-        flops = self.costs.flops(its_work)
-        known = self.cached.last_found_share if self.cached else self.reference_mode == "zero"
-        return flops.useful - flops.reference * known
-
-    def indices(self, step: int) -> list[int]:
-        """Which pairs the step sees, on all ranks together."""
-        seed = self.config.train.seed
-        return step_indices(len(self.data.train), self.pairs_per_step, seed, step - 1).tolist()
-
-    def _seed_dropout(self, step: int, micro_batch: int) -> None:
-        """LoRA's dropout as a function of where we are: nothing to save, nothing to restore."""
-        place = (self.config.train.seed, step, micro_batch, self.accelerator.process_index)
-        torch.manual_seed(hash(place))
+    @property
+    def _sum(self) -> Callable[[Tensor], Tensor]:
+        return partial(sum_over_ranks, self.accelerator)
 
     def _keep_best(self, step: int, metrics: dict[str, float]) -> None:
         name = self.config.train.metric_for_best_model
@@ -401,7 +240,7 @@ class Run:
         if self.best is None or BEST_METRICS[name](value, self.best) != self.best:
             self.best = value
             best = self.folder / "best"
-            checkpoints.save_weights(self.policy.model, best)
+            checkpoints.save_weights(self.models.policy.model, best)
             self.tokenizer.save_pretrained(best)
             (best / "metric.json").write_text(json.dumps({"step": step, name: value}))
 
@@ -410,42 +249,13 @@ class Run:
         logps = self.tracker.last_held_out()
         if logps is None:
             return []
-        self.scorer.eval()
+        self.models.scorer.eval()
         return rewards_to_show(
             self.data.held_out,
             logps,
-            self.scorer,
-            self.reference,
+            self.models.scorer,
+            self.models.reference,
             self.tokenizer,
             beta=self.config.loss.beta,
             device=self.accelerator.device,
         )
-
-    def _not_finite(self, step: int, losses_seen: list[tuple[list[int], Tensor]]) -> str:
-        bad = [
-            self.data.train.row_name(index)
-            for indices, losses in losses_seen
-            for index, loss in zip(indices, losses.tolist(), strict=True)
-            if not math.isfinite(loss)
-        ]
-        every = [self.data.train.row_name(i) for indices, _ in losses_seen for i in indices]
-        return (
-            f"step {step}: the gradient norm is {self.window.grad_norm}; stopped before the "
-            f"update, so the weights are those of step {step - 1}. Rows whose loss is not "
-            f"finite on rank {self.accelerator.process_index}: {', '.join(bad) or 'none'}; rows "
-            f"of this step there: {', '.join(every)}. Lower optim.learning_rate, or "
-            "look at these rows."
-        )
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values, reduction="sum")  # type: ignore[return-value]
-
-
-def step_counts(config: TrainConfig, num_pairs: int, num_processes: int) -> tuple[int, int]:
-    """Pairs in a step over all processes, and steps in the run."""
-    pairs_per_step = (
-        config.per_device_train_batch_size * config.gradient_accumulation_steps * num_processes
-    )
-    if config.max_steps > 0:
-        return pairs_per_step, config.max_steps
-    return pairs_per_step, config.num_train_epochs * math.ceil(num_pairs / pairs_per_step)

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -17,14 +16,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dpo.config import Config, DataSource
-from dpo.data import loader, tokens, workers
+from dpo.data import tokens, workers
 from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer
 from dpo.data.formats import to_preference
-from dpo.data.loader import balance, load_data, micro_batches, step_indices
+from dpo.data.loader import load_data
 from dpo.errors import UserError
 from tests.data.tokenizers import BASE, FAMILIES, GPT_2, Family, build
 
@@ -748,107 +745,3 @@ def test_a_small_set_needs_no_worker_and_a_large_one_takes_every_core():
     cores = len(os.sched_getaffinity(0))
     assert tokens._num_workers(0) == tokens._num_workers(3999) == 1
     assert tokens._num_workers(10**9) == min(cores, tokens.MAX_WORKERS)
-
-
-# The order
-
-SETS = {"num_pairs": st.integers(1, 60), "pairs_per_step": st.integers(1, 20)}
-
-
-@given(**SETS, seed=st.integers(0, 5), epoch=st.integers(0, 3))
-def test_an_epoch_sees_every_pair_once_and_only_its_last_step_may_be_short(
-    num_pairs, pairs_per_step, seed, epoch
-):
-    num_steps = math.ceil(num_pairs / pairs_per_step)
-    first = epoch * num_steps
-    steps = [
-        step_indices(num_pairs, pairs_per_step, seed, step)
-        for step in range(first, first + num_steps)
-    ]
-    assert sorted(np.concatenate(steps).tolist()) == list(range(num_pairs))
-    lengths = [len(step) for step in steps]
-    assert lengths[:-1] == [pairs_per_step] * (num_steps - 1)
-    assert 1 <= lengths[-1] <= pairs_per_step
-
-
-@given(**SETS, seed=st.integers(0, 5), steps=st.lists(st.integers(0, 200), min_size=1))
-def test_a_step_does_not_depend_on_what_was_asked_before(num_pairs, pairs_per_step, seed, steps):
-    """A resumed run asks for its step first, a straight one for all before it."""
-    asked = [step_indices(num_pairs, pairs_per_step, seed, step).tolist() for step in steps]
-    loader._epoch_order.cache_clear()
-    np.random.seed(0)
-    again = [step_indices(num_pairs, pairs_per_step, seed, step).tolist() for step in steps[::-1]]
-    assert asked == again[::-1]
-
-
-def test_the_first_steps_are_literally_these():
-    """A golden value: a change here changes every run."""
-    assert [step_indices(10, 4, 42, step).tolist() for step in range(4)] == [
-        [5, 6, 0, 7],
-        [3, 2, 4, 9],
-        [1, 8],
-        [0, 8, 7, 4],
-    ]
-
-
-def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = [step_indices(50, 50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1, 2)]
-    assert len(set(map(tuple, orders))) == 6
-
-
-def test_the_order_cannot_be_changed_by_its_reader():
-    with pytest.raises(ValueError, match="read-only"):
-        step_indices(10, 4, 0, 0)[0] = 1
-
-
-# Micro-batches
-
-TOKENS = st.lists(st.integers(1, 100), max_size=40)
-
-
-@given(num_tokens=TOKENS, budget=st.integers(1, 150))
-def test_every_pair_is_in_one_bin_and_bins_keep_to_the_budget(num_tokens, budget):
-    bins = micro_batches(num_tokens, budget)
-    assert sorted(i for b in bins for i in b) == list(range(len(num_tokens)))
-    for b in bins:
-        assert len(b) == 1 or sum(num_tokens[i] for i in b) <= budget
-    assert all(bins) or bins == [[]]
-
-
-@given(num_tokens=TOKENS, num_bins=st.integers(1, 12))
-def test_no_bin_is_fuller_than_another_by_more_than_its_last_pair(num_tokens, num_bins):
-    """Longest first into the emptiest bin: before its last pair a bin was the emptiest of all."""
-    bins = balance(num_tokens, num_bins)
-    assert sorted(i for b in bins for i in b) == list(range(len(num_tokens)))
-    filled = [sum(num_tokens[i] for i in b) for b in bins]
-    for b, num in zip(bins, filled, strict=True):
-        assert not b or num - num_tokens[b[-1]] <= min(filled)
-
-
-@given(num_tokens=st.lists(st.integers(1, 50), max_size=40), budget=st.integers(50, 150))
-def test_few_bins_are_used(num_tokens, budget):
-    """At most twice as many as if all were filled to the brim, and one and a twentieth more.
-
-    A number of bins fails when a pair of at most half the budget finds every bin more than half
-    full (longer pairs have a bin each); the next that is tried is 1.05 times as large, plus one.
-    """
-    bins = micro_batches(num_tokens, budget)
-    assert len(bins) <= 1.05 * 2 * sum(num_tokens) / budget + 1
-
-
-def test_bins_are_literally_these():
-    """7 + 3 = 6 + 4 = 10: two full bins, where filling in order would need three."""
-    assert micro_batches([3, 4, 6, 7], 10) == [[3, 0], [2, 1]]
-    assert micro_batches([3, 4, 6, 7], 100) == [[3, 2, 1, 0]]
-    assert micro_batches([30, 1, 1], 10) == [[0], [1, 2]]
-    assert micro_batches([], 10) == [[]]
-    assert balance([5, 3, 3], 2) == [[0], [1, 2]]
-    assert balance([], 2) == [[], []]
-
-
-def test_thousands_of_pairs_are_binned_in_a_moment():
-    """Pairs of 0.4 of the budget are the hard ones: the first guess is 8000 bins, not 10,000."""
-    start = time.perf_counter()
-    assert len(micro_batches([60] * 20_000, 100)) == 20_000
-    assert len(micro_batches([40] * 20_000, 100)) <= 1.05 * 10_000 + 1
-    assert time.perf_counter() - start < 5

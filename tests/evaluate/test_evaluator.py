@@ -71,7 +71,7 @@ def test_kl_is_the_mean_log_ratio_of_sampled_answers(tmp_path):
     forget_accelerate()
     one = Run(config(tmp_path, *flags))
     torch.manual_seed(0)
-    for name, parameter in one.policy.model.named_parameters():
+    for name, parameter in one.models.policy.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     evaluation = one.evaluator.evaluate()
@@ -80,7 +80,7 @@ def test_kl_is_the_mean_log_ratio_of_sampled_answers(tmp_path):
     pairs = [one.data.held_out[sample["index"]] for sample in samples]
     prompts = [list(pair.prompt_ids) for pair in pairs]
     sampled = generate(
-        one.policy.model,
+        one.models.policy.model,
         one.tokenizer,
         prompts,
         stop_ids=[one.tokenizer.eos_token_id],
@@ -91,9 +91,9 @@ def test_kl_is_the_mean_log_ratio_of_sampled_answers(tmp_path):
     log_ratios = []
     with torch.no_grad():
         for prompt, answer in zip(prompts, sampled, strict=True):
-            policy = answer_logps(one.policy.model, prompt, answer).sum()
-            with adapter_off(one.policy):
-                reference = answer_logps(one.policy.model, prompt, answer).sum()
+            policy = answer_logps(one.models.policy.model, prompt, answer).sum()
+            with adapter_off(one.models.policy):
+                reference = answer_logps(one.models.policy.model, prompt, answer).sum()
             log_ratios.append((policy - reference).item())
     assert measured["eval/kl"] == pytest.approx(sum(log_ratios) / 3, abs=1e-4)
     assert measured["eval/kl"] != 0

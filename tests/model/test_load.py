@@ -124,7 +124,7 @@ def test_an_adapter_folder_is_trained_on_with_its_frozen_copy_as_reference(tmp_p
     assert all(".default." in name for name in trained)
 
     scorer = Scorer(policy.model)
-    reference = build_reference("adapter", scorer, policy, scorer.layout)
+    reference = build_reference("adapter", policy, scorer, scorer.layout)
     at_start = scorer(STREAM).detach()
     assert policy.model.training
     assert torch.equal(reference(STREAM), at_start)  # and without the dropout it was trained with
@@ -152,7 +152,7 @@ def test_an_adapter_folder_cannot_be_fully_fine_tuned(tmp_path):
 def test_a_frozen_reference_does_not_follow_the_policy():
     model = tiny()
     scorer = Scorer(model)
-    reference = build_reference("frozen", scorer, Policy(model), scorer.layout)
+    reference = build_reference("frozen", Policy(model), scorer, scorer.layout)
     before = reference(STREAM)
     assert torch.equal(before, scorer(STREAM).detach())
     with torch.no_grad():

@@ -7,7 +7,7 @@ from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
 from dpo.model.load import Policy
 from dpo.model.logp_cache import LogpCache
-from dpo.model.reference import AdapterOff, Cached, open_cache
+from dpo.model.reference import AdapterOff, Reference, open_cache
 from dpo.model.scorer import Scorer
 from tests.models import tiny, with_lora
 
@@ -37,7 +37,7 @@ def live():
 
 
 def cached(live, folder):
-    return Cached(Counted(live), LogpCache(folder))
+    return Reference("adapter", Counted(live), LogpCache(folder))
 
 
 def test_the_first_time_it_is_the_live_reference_and_the_second_time_nobody_is_asked(
@@ -51,7 +51,7 @@ def test_the_first_time_it_is_the_live_reference_and_the_second_time_nobody_is_a
     assert torch.equal(second(stream), live(stream))
     assert first.live.asked == PAIRS
     assert second.live.asked == []
-    assert (second.num_found, second.num_computed, second.last_found_share) == (4, 0, 1.0)
+    assert (second.num_found, second.num_computed, second.share_known) == (4, 0, 1.0)
 
 
 @pytest.mark.parametrize("known", [[0], [3], [1, 2], [0, 3], [0, 1, 3]])
@@ -81,13 +81,12 @@ def test_a_changed_token_is_the_only_thing_computed_again(live, tmp_path):
     assert second.live.asked == [changed]
 
 
-def test_several_micro_batches_are_settled_at_once_and_can_be_forgotten(live, tmp_path):
+def test_several_micro_batches_are_settled_at_once_and_a_peek_is_not_kept(live, tmp_path):
     reference = cached(live, tmp_path)
     for pair in PAIRS[:2]:
         reference(build_stream([pair]))
-    reference.settle()
-    reference(build_stream(PAIRS[2:]))
-    reference.forget_unsettled()
+    stream = build_stream(PAIRS[2:])
+    assert torch.equal(reference.peek(stream), live(stream))
     reference.flush()
     again = cached(live, tmp_path)
     again(build_stream(PAIRS))

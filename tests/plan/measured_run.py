@@ -27,7 +27,7 @@ def run(config: Config, lengths: str, steps: int) -> Policy:
         weight.sum()  # the file is mapped: what was never read would not count
     scorer = Scorer(policy.model, config.model.attention)
     mode = choose_mode(config.reference.mode, policy)
-    reference = build_reference(mode, scorer, policy, scorer.layout)
+    reference = build_reference(mode, policy, scorer, scorer.layout)
     optimizer = build_optimizer(policy.model, config.optim)
     (pair,) = given_lengths(lengths).pairs
     assert isinstance(config.train.tokens_per_microbatch, int)

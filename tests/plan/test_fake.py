@@ -13,7 +13,8 @@ from dpo.model.load import checkpoint_layers, load_policy
 from dpo.model.reference import build_reference, choose_mode
 from dpo.model.scorer import Scorer
 from dpo.plan.fake import FakePolicy
-from dpo.plan.memory import SAVINGS, PeakBytes
+from dpo.plan.fit import SAVINGS
+from dpo.plan.memory import PeakBytes
 from tests.models import tiny, with_lora
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 500}
@@ -46,7 +47,7 @@ def real_step_bytes(config, pairs, *, load=load_policy, tile_bytes=TILE_BYTES):
     scorer = Scorer(policy.model, config.model.attention)
     scorer.tile_bytes = tile_bytes
     mode = choose_mode("auto", policy)
-    reference = build_reference(mode, scorer, policy, scorer.layout)
+    reference = build_reference(mode, policy, scorer, scorer.layout)
     stream = build_stream(pairs)
 
     def step():
@@ -96,7 +97,7 @@ def test_what_is_given_up_for_memory_saves_what_was_planned(saving, tmp_path):
     config = configuration(folder_of(tiny(**SIZES), tmp_path / "model"), dtype="bfloat16")
     fake = FakePolicy(config)
     before = fake.step_bytes(PAIRS)
-    fake.save_memory(saving)
+    saving.apply(fake.scorer)
     planned = fake.step_bytes(PAIRS)
     assert planned < before
 

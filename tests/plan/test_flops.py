@@ -63,7 +63,7 @@ def step(scorer, reference, stream):
 def planned_and_counted(policy, layout="auto", pairs=PAIRS):
     scorer = Scorer(policy.model, layout)
     mode = choose_mode("auto", policy)
-    reference = build_reference(mode, scorer, policy, scorer.layout)
+    reference = build_reference(mode, policy, scorer, scorer.layout)
     stream = build_stream(pairs)
     planned = costs(policy.model).flops(work(stream.segments, len(stream.targets), scorer.layout))
     return planned.total, counted_flops(lambda: step(scorer, reference, stream))
@@ -109,7 +109,7 @@ def test_every_part_is_counted_apart():
     made = policy(lora=False)
     scorer, stream = Scorer(made.model), build_stream(PAIRS)
     flops = costs(made.model).flops(work(stream.segments, len(stream.targets)))
-    reference = build_reference("frozen", scorer, made, "shared")
+    reference = build_reference("frozen", made, scorer, "shared")
     assert flops.reference == pytest.approx(counted_flops(lambda: reference(stream)), rel=1e-3)
     logps = scorer(stream)
     backward = counted_flops(lambda: logps.sum().backward())
@@ -230,7 +230,7 @@ def test_the_gate_a_step_of_mistral_7b_stays_within_5_percent_of_the_floor(layer
     fake = mistral(tmp_path, layers)
     its = costs(fake.policy.model)
     with fake.mode:
-        reference = build_reference("adapter", fake.scorer, fake.policy, "shared")
+        reference = build_reference("adapter", fake.policy, fake.scorer, "shared")
         stream = build_stream(pairs)
         counted = counted_flops(lambda: step(fake.scorer, reference, stream))
     floor = sum(its.floor(*pair) for pair in lengths)

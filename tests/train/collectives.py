@@ -17,17 +17,17 @@ if __name__ == "__main__":
     for step in (1, 3):  # DDP lays out its buckets anew in the beginning
         made.train_step(step)
     for budget in (8192, 60):
-        made.budget.tokens = budget
-        backward, sizes = made._backward, []
+        made.train_step.budget.tokens = budget
+        backward, sizes = made.train_step.backward, []
 
         def noted(stream, pairs_in_step, backward=backward, sizes=sizes):
             sizes.append(stream.num_pairs)
             return backward(stream, pairs_in_step)
 
-        made._backward = noted
+        made.train_step.backward = noted
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             made.train_step(2)
-        made._backward = backward
+        made.train_step.backward = backward
         names = [event.name for event in profiled.events() if event.name.startswith("gloo:")]
         if torch.distributed.get_rank() == 0:
             print("counted", len(sizes), len(names), flush=True)

@@ -1,14 +1,20 @@
 """Runs of the trainer that tests share, on the packaged model and a few of its rows."""
 
 import json
+from functools import partial
 from pathlib import Path
 
+import peft
+import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from dpo.config import PACKAGE, parse
+from dpo.config import PACKAGE, parse, resolve
+from dpo.ranks import sum_over_ranks
 from dpo.train.trainer import Run, train
 
+PACKAGED = "quickstart/model"
 QUIET = ["--train.report_to", "none", "--train.eval_prompts", "0", "--data.max_length", "160"]
 QUIET += ["--data.max_prompt_length", "128", "--train.write_report", "false"]
 QUIET += ["--reference.cache", "off"]  # one test must not find what another has computed
@@ -31,6 +37,35 @@ def config(folder, *flags, rows=24):
     return parse([*where, *QUIET, *base, *map(str, flags)])
 
 
+def first_step(folder):
+    """The line of metrics.jsonl of the first training step."""
+    return next(line for line in metrics(folder) if line["step"] == 1 and "train/loss" in line)
+
+
+def model_folder(tmp_path, **settings):
+    """The packaged model with other settings in its config."""
+    folder = tmp_path / "model"
+    model = transformers.AutoModelForCausalLM.from_pretrained(resolve(PACKAGED), **settings)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(resolve(PACKAGED)).save_pretrained(folder)
+    return folder
+
+
+def adapter_folder(tmp_path):
+    """An adapter whose update is not zero, as supervised fine-tuning leaves one."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(resolve(PACKAGED))
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    folder = tmp_path / "sft"
+    model.save_pretrained(folder, save_embedding_layers=False)
+    transformers.AutoTokenizer.from_pretrained(resolve(PACKAGED)).save_pretrained(folder)
+    return folder
+
+
 def forget_accelerate():
     """Accelerate keeps its state in the class; every run of a test starts without."""
     for state in (AcceleratorState, GradientState, PartialState):
@@ -41,6 +76,14 @@ def run(settings):
     """Trains; returns the run folder."""
     forget_accelerate()
     return train(settings)
+
+
+def started(settings):
+    """A run that has not begun."""
+    forget_accelerate()
+    made = Run(settings)
+    made.tracker.close_bar()
+    return made
 
 
 def metrics(folder):
@@ -58,32 +101,30 @@ def training(folder):
     ]
 
 
-class GradientRun(Run):
-    """A run whose steps keep their gradient instead of updating."""
-
-    def _update(self, step, losses_seen):
-        self.losses = sorted(
-            (index, float(loss))
-            for indices, losses in losses_seen
-            for index, loss in zip(indices, losses, strict=True)
-        )
-        self.gradient = torch.cat(
-            [p.grad.flatten().clone() for p in self.policy.model.parameters() if p.requires_grad]
-        )
-        self.optimizer.zero_grad()
-
-
 def step_gradients(settings, steps=(1, 2)):
     """{step: (gradient (parameters,), metrics)} of an adapter that is no longer zero."""
-    forget_accelerate()
-    run = GradientRun(settings)
+    run = started(settings)
     torch.manual_seed(5)
-    for name, parameter in run.policy.model.named_parameters():
+    for name, parameter in run.models.policy.model.named_parameters():
         if parameter.requires_grad and "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
+    gradients = []
+
+    def keep_gradient(step, losses_seen):
+        gradients.append(torch.cat([p.grad.flatten().clone() for p in run.models.trained]))
+        run.optimizer.zero_grad()
+
+    run.train_step.update = keep_gradient
     results = {}
     for step in steps:
         run.train_step(step)
-        results[step] = (run.gradient, run.means.pop(run._sum_over_ranks))
-    run.tracker.close_bar()
+        results[step] = (gradients[-1], run.means.pop(partial(sum_over_ranks, run.accelerator)))
     return results
+
+
+def assert_same_gradients(results, expected):
+    """Of `step_gradients`: to 1e-5 of the largest entry, and the metrics."""
+    for step, (gradient, values) in expected.items():
+        assert gradient.abs().max() > 1e-3
+        assert (results[step][0] - gradient).abs().max() <= 1e-5 * gradient.abs().max()
+        assert results[step][1] == pytest.approx(values, rel=1e-5, abs=1e-6)

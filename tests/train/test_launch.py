@@ -1,7 +1,6 @@
 """What PyTorch is told before CUDA starts, and what the header says of it."""
 
 import os
-from types import SimpleNamespace
 
 import bitsandbytes.optim.optimizer
 import pytest
@@ -78,14 +77,13 @@ def test_a_deterministic_run_asks_for_it_and_computes_what_it_did(tmp_path):
 
 
 def test_the_header_on_a_gpu_says_what_repeats_and_what_waits():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    made = SimpleNamespace(config=deterministic(False), policy=SimpleNamespace(model=model))
-    repeats, waits = _on_a_gpu(made)
+    repeats, waits = _on_a_gpu(deterministic(False), num_trained_tensors=4)
     assert repeats == "a resumed run is the straight one up to rounding (train.deterministic)"
     assert waits.startswith("paged_adamw_32bit waits for the device at least 4 times a step")
-    made.config = deterministic(True)
-    made.config.optim.name = "adamw"
-    assert _on_a_gpu(made) == ["deterministic: the same micro-batches have the same bits"]
+    config = deterministic(True)
+    config.optim.name = "adamw"
+    expected = ["deterministic: the same micro-batches have the same bits"]
+    assert _on_a_gpu(config, num_trained_tensors=4) == expected
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from dpo.errors import UserError
 from dpo.model.logp_cache import LogpCache
 from dpo.model.reference import AdapterOff, Frozen
 from dpo.train import budget
-from dpo.train.ahead import cache_reference, used_indices
+from dpo.train.ahead import cache_reference
 from tests.train.runs import config, forget_accelerate, metrics, rows_file, run, training
 
 ROOT = Path(__file__).parents[2]
@@ -281,14 +281,6 @@ def test_stopped_half_way_it_keeps_what_it_has(tmp_path, monkeypatch, asked):
 def test_a_configuration_without_a_cache_is_refused(tmp_path, flags, wrong):
     with pytest.raises(UserError, match=rf"reference\.{wrong}.*nothing to cache"):
         ahead(config(tmp_path, "--reference.cache", "auto", *flags))
-
-
-def test_the_pairs_that_a_run_uses_are_those_of_its_steps(tmp_path):
-    settings = config(tmp_path, "--train.max_steps", 2, "--train.per_device_train_batch_size", 3)
-    used = used_indices(settings, 1000, num_processes=2)
-    assert len(used) == len(set(used.tolist())) == 12
-    settings.train.max_steps = 1000
-    assert used_indices(settings, 1000, num_processes=2).tolist() == [*range(1000)]
 
 
 @pytest.mark.distributed

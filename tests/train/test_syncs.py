@@ -62,13 +62,13 @@ def step_syncs(folder, monkeypatch, *flags, step=3):
     made = a_run(folder, *flags)
     made.train_step(1)
     sizes = []
-    backward = made._backward
+    backward = made.train_step.backward
 
     def noted(stream, pairs_in_step):
         sizes.append(stream.num_pairs)
         return backward(stream, pairs_in_step)
 
-    made._backward = noted
+    made.train_step.backward = noted
     with monkeypatch.context() as patched, Syncs(patched) as syncs:
         made.train_step(step)
     return syncs.found, len(sizes)
@@ -166,7 +166,7 @@ def test_the_gpu_says_so_too(tmp_path, cache):
     """torch raises where the host waits; half of a step's micro-batches under its eyes."""
     made = a_run(tmp_path, "--train.tokens_per_microbatch", 100, "--reference.cache", cache)
     made.train_step(1)
-    backward, calls = made._backward, []
+    backward, calls = made.train_step.backward, []
 
     def watched(stream, pairs_in_step):
         calls.append(1)
@@ -176,6 +176,6 @@ def test_the_gpu_says_so_too(tmp_path, cache):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    made._backward = watched
+    made.train_step.backward = watched
     made.train_step(2)
     assert len(calls) > 1

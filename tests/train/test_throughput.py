@@ -70,17 +70,18 @@ def test_the_flops_of_a_step_are_those_of_its_pairs_and_the_cached_reference_cos
         made = Run(config(tmp_path, *flags, "--train.resume", "never"))
         made.tracker.close_bar()
         seen = []
-        score = made._score
+        score = made.train_step.score
 
         def noted(stream, score=score, seen=seen):
             seen.append(stream)
             return score(stream)
 
-        made._score = noted
+        made.train_step.score = noted
         made.train_step(1)
         made.share_reference()
         by_part = [
-            costs(made.policy.model).flops(work(s.segments, len(s.targets), "shared")) for s in seen
+            costs(made.models.policy.model).flops(work(s.segments, len(s.targets), "shared"))
+            for s in seen
         ]
         totals.append((made.window.flops, by_part))
     (computed, parts), (found, _) = totals

@@ -1,0 +1,39 @@
+"""What the processes of a run tell each other; with one process, all of it costs nothing."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from dpo.errors import UserError
+
+T = TypeVar("T")
+
+
+def on_main(accelerator: Accelerator, do: Callable[[], T]) -> T:
+    """What `do` returns on the main process, on every process; a user's error reaches them all."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = do()
+        except UserError as error:
+            outcome[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def smallest_over_ranks(accelerator: Accelerator, number: int) -> int:
+    """The smallest of the numbers that all ranks give."""
+    numbers: Any = accelerator.gather(torch.tensor([number], device=accelerator.device))
+    return int(numbers.min())
+
+
+def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The sum of the tensors that all ranks give."""
+    return accelerator.reduce(values, reduction="sum")  # type: ignore[return-value]

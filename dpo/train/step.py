@@ -1,0 +1,197 @@
+"""One optimizer step: the gradient of its pairs, then the update, or a stop before it.
+
+Everything is counted once and globally. The losses of a step's pairs are summed over micro-batches
+and ranks and divided by the number of pairs in the whole step, so every split into micro-batches,
+every number of ranks and every short last step gives one gradient.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
+
+from dpo.config import Config
+from dpo.data.loader import Pairs
+from dpo.data.order import Order, balance, micro_batches
+from dpo.data.stream import Stream, TokenizedPair, build_stream
+from dpo.errors import UserError
+from dpo.logps import pair_logps
+from dpo.losses import LOSSES, PairLogps
+from dpo.metrics import RunningMeans, pair_metrics
+from dpo.model.models import Models
+from dpo.plan.flops import Costs, work
+from dpo.train.budget import Budget
+from dpo.train.optim import learning_rate
+from dpo.train.throughput import Window
+
+
+class MicroBatch(NamedTuple):
+    """What is kept of a micro-batch once its gradient is there: places in the step, and values."""
+
+    positions: list[int]
+    losses: Tensor
+    metrics: Tensor
+
+
+@dataclass
+class TrainStep:
+    """Takes optimizer steps; every rank calls it with the same step.
+
+    Attributes:
+        pairs: what the order's indices are of.
+        budget: how many tokens a micro-batch has, lowered where memory runs out.
+        means: the pairs' metrics go here.
+        window: FLOPs, time, gradient norm and learning rate go here.
+        say: prints one line for the user.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    models: Models
+    optimizer: AcceleratedOptimizer
+    pairs: Pairs
+    order: Order
+    budget: Budget
+    costs: Costs
+    means: RunningMeans
+    window: Window
+    say: Callable[[str], None]
+
+    def __call__(self, step: int) -> None:
+        """Takes step `step`, counted from 1, on this rank's part of its pairs."""
+        with self.window.stopwatch.part("data", on_host=True):
+            indices = self.order.indices(step)
+            pairs = [self.pairs[i] for i in indices]
+            num_tokens = [pair.num_stream_tokens for pair in pairs]
+            ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+            mine = balance(num_tokens, ranks)[rank]
+        seen = self.gradient(step, [pairs[i] for i in mine], pairs_in_step=len(pairs))
+        for micro_batch in seen:
+            self.means.add(micro_batch.metrics)
+        self.update(step, [([indices[mine[i]] for i in m.positions], m.losses) for m in seen])
+        self.models.reference.settle()  # the norm has just been read, so the device is idle
+        self.window.add(len(pairs), sum(num_tokens))
+
+    def gradient(
+        self, step: int, pairs: list[TokenizedPair], *, pairs_in_step: int
+    ) -> list[MicroBatch]:
+        """Sums the gradient of this rank's pairs, over smaller micro-batches where memory runs out.
+
+        Memory may only be fragmented, so the first failure of a step is tried again unchanged. The
+        smallest micro-batch comes last: under DDP its backward reduces the gradient over ranks,
+        which cannot be begun again. So with several ranks a lowered budget stays.
+        """
+        num_tokens = [pair.num_stream_tokens for pair in pairs]
+        if self.accelerator.num_processes == 1 and self.budget.recover(step):
+            self.say(f"memory: {self.budget.tokens} tokens a micro-batch again")
+        was_tried = False
+        while True:
+            bins = micro_batches(num_tokens, self.budget.tokens)
+            bins.sort(key=lambda positions: -sum(num_tokens[i] for i in positions))
+            seen: list[MicroBatch] = []
+            try:
+                for number, positions in enumerate(bins):
+                    with self.window.stopwatch.part("data", on_host=True):
+                        stream = build_stream([pairs[i] for i in positions])
+                        stream = stream.to(self.accelerator.device)
+                    self.seed_dropout(step, number)
+                    is_last = number == len(bins) - 1
+                    no_sync = self.accelerator.no_sync(self.models.scorer)
+                    with nullcontext() if is_last else no_sync:
+                        seen.append(MicroBatch(positions, *self.backward(stream, pairs_in_step)))
+                return seen
+            except torch.OutOfMemoryError:
+                pass  # the retry stands outside: the traceback keeps the activations alive
+            is_reducing = self.accelerator.num_processes > 1 and len(seen) == len(bins) - 1
+            if was_tried or is_reducing:
+                tokens = [[num_tokens[i] for i in b] for b in bins]
+                self._lower_budget(step, tokens, is_reducing=is_reducing)
+            else:
+                self.say("out of memory: the step is begun again")
+            was_tried = True
+            self.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+
+    def backward(self, stream: Stream, pairs_in_step: int) -> tuple[Tensor, Tensor]:
+        """Adds the gradient of one micro-batch; returns its losses and metrics, by pair."""
+        logps, losses = self.score(stream)
+        # DDP averages gradients over ranks; times their number, it sums them.
+        self.accelerator.backward(losses.sum() * (self.accelerator.num_processes / pairs_in_step))
+        return losses.detach(), pair_metrics(logps, losses, beta=self.config.loss.beta)
+
+    def score(self, stream: Stream) -> tuple[PairLogps, Tensor]:
+        """Log-probs of one micro-batch under both models, and one loss per pair."""
+        policy = self.models.scorer(stream)
+        with self.window.stopwatch.part("reference"):
+            reference = self.models.reference(stream)
+        flops = self.costs.flops(work(stream.segments, len(stream.targets), self.models.layout))
+        self.window.flops += flops.useful - flops.reference * self.models.reference.share_known
+        logps = pair_logps(policy, reference, stream.sequence_ids, stream.num_pairs)
+        return logps, LOSSES[self.config.loss.type](logps, **self.config.loss.options)
+
+    def seed_dropout(self, step: int, micro_batch: int) -> None:
+        """Makes LoRA's dropout a function of where we are: nothing to save, nothing to restore."""
+        place = (self.config.train.seed, step, micro_batch, self.accelerator.process_index)
+        torch.manual_seed(hash(place))
+
+    def update(self, step: int, losses_seen: list[tuple[list[int], Tensor]]) -> None:
+        """Clips the gradient and steps.
+
+        Args:
+            step: counted from 1.
+            losses_seen: of each micro-batch, the indices of its pairs, and their losses.
+
+        Raises:
+            RuntimeError: the gradient is not finite; then no rank has taken the step.
+        """
+        optim = self.config.optim
+        norm = self.accelerator.clip_grad_norm_(
+            self.models.trained, optim.max_grad_norm or math.inf
+        )
+        self.window.grad_norm = float(norm)  # type: ignore[arg-type]
+        if not math.isfinite(self.window.grad_norm):
+            raise RuntimeError(self.not_finite(step, losses_seen))
+        self.window.learning_rate = learning_rate(step - 1, self.order.num_steps, optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.window.learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def not_finite(self, step: int, losses_seen: list[tuple[list[int], Tensor]]) -> str:
+        """The message that names the rows of a step whose gradient is not finite."""
+        bad = [
+            self.pairs.row_name(index)
+            for indices, losses in losses_seen
+            for index, loss in zip(indices, losses.tolist(), strict=True)
+            if not math.isfinite(loss)
+        ]
+        every = [self.pairs.row_name(i) for indices, _ in losses_seen for i in indices]
+        return (
+            f"step {step}: the gradient norm is {self.window.grad_norm}; stopped before the "
+            f"update, so the weights are those of step {step - 1}. Rows whose loss is not "
+            f"finite on rank {self.accelerator.process_index}: {', '.join(bad) or 'none'}; rows "
+            f"of this step there: {', '.join(every)}. Lower optim.learning_rate, or "
+            "look at these rows."
+        )
+
+    def _lower_budget(self, step: int, bins: list[list[int]], *, is_reducing: bool) -> None:
+        """Makes micro-batches smaller after memory ran out; `bins`: tokens of the pairs in each.
+
+        Raises:
+            UserError: every micro-batch has one pair already, or cannot be begun again.
+        """
+        if is_reducing or all(len(tokens) <= 1 for tokens in bins):
+            what = "while ranks were reducing a gradient" if is_reducing else "with one pair"
+            raise UserError(
+                f"train.tokens_per_microbatch: a micro-batch ran out of memory {what}; the largest "
+                f"has {sum(bins[0])} tokens. Set it lower, set train.gradient_checkpointing to "
+                "true, lower data.max_length, or quantise the model."
+            )
+        self.budget.lower(step, largest=sum(bins[0]))
+        self.say(f"out of memory: from here on {self.budget.tokens} tokens a micro-batch")
