@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.config import parse
+from dpo.cli import parse
 from dpo.plan.fake import FakePolicy
 from dpo.plan.flops import Costs, costs, segments_of, work
 from dpo.plan.memory import Saving

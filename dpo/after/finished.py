@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dpo.config import Config, parse
+from dpo.cli import parse
+from dpo.config import Config
 from dpo.data.loader import Pairs, PreferenceData, load_data
 from dpo.data.stream import TokenizedPair
 from dpo.errors import UserError

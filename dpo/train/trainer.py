@@ -20,7 +20,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo.config import BEST_METRICS, Config, TrainConfig, save
+from dpo.cli import save
+from dpo.config import BEST_METRICS, Config, TrainConfig
 from dpo.data.loader import balance, load_data, micro_batches, step_indices
 from dpo.data.stream import Stream, TokenizedPair, build_stream
 from dpo.errors import UserError

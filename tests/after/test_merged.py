@@ -21,7 +21,8 @@ from dpo.after.merged import (
     write_card,
     write_record,
 )
-from dpo.config import parse, resolve
+from dpo.cli import parse
+from dpo.config import resolve
 from dpo.errors import UserError
 from tests.after.hub import TOKEN, running_hub
 from tests.models import tiny

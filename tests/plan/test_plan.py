@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from dpo.config import parse, resolve
+from dpo.cli import parse
+from dpo.config import resolve
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
 from dpo.model.load import load_policy

@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 
-from dpo.config import parse, resolve
+from dpo.cli import parse
+from dpo.config import resolve
 from dpo.data.stream import build_stream
 from dpo.logps import pair_logps
 from dpo.losses import sigmoid

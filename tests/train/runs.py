@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from dpo.config import PACKAGE, parse
+from dpo.cli import parse
+from dpo.config import PACKAGE
 from dpo.train.trainer import Run, train
 
 QUIET = ["--train.report_to", "none", "--train.eval_prompts", "0", "--data.max_length", "160"]
