@@ -15,6 +15,13 @@ from dpo.losses import LOSSES
 PACKAGE = Path(__file__).parent
 
 
+def _located(name: str) -> str:
+    """`quickstart/...` names what ships with the package; any other path or id is kept."""
+    if name.startswith("quickstart/") and not Path(name).exists():
+        return str(PACKAGE / name)
+    return name
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """The policy, as it is before training."""
@@ -39,6 +46,11 @@ class ModelConfig:
     """torch.compile what lies between products and attention, layer by layer; needs a compiler."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+    @property
+    def path(self) -> str:
+        """Hub id or folder, where it is."""
+        return _located(self.name_or_path)
 
 
 @dataclass(kw_only=True)
@@ -74,6 +86,11 @@ class DataSource:
     split: str = "train"
     """As data.split, for this source."""
 
+    @property
+    def location(self) -> str:
+        """Hub id, file or folder, where it is."""
+        return _located(self.path)
+
 
 @dataclass(kw_only=True)
 class DataConfig:
@@ -103,6 +120,13 @@ class DataConfig:
     """What happens to a pair that is too long."""
     chat_template: str = "auto"
     """auto: the tokenizer's, or ChatML if it has none; chatml; none: refuse messages; or a file."""
+
+    @property
+    def eval_source(self) -> DataSource | None:
+        """What `eval_path` names, if it does."""
+        if not self.eval_path:
+            return None
+        return DataSource(path=self.eval_path, format=self.format, split=self.eval_split)
 
 
 @dataclass(kw_only=True)
@@ -387,10 +411,3 @@ def _check_loss(loss: LossConfig) -> None:
                 given,
                 f"{option.default} (its default), since the {loss.type} loss has no such option",
             )
-
-
-def resolve(path: str) -> str:
-    """`quickstart/...` names what ships with the package; any other path or id is kept."""
-    if path.startswith("quickstart/") and not Path(path).exists():
-        return str(PACKAGE / path)
-    return path

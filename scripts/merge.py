@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from dpo.after.merge import BASES, DTYPES, merge_run
-from dpo.after.merged import check_can_push, push, verified_files
+from dpo.after.push import check_can_push, push, verified_files
 from dpo.cli import run_script
 
 

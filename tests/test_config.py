@@ -13,7 +13,6 @@ from dpo.config import (
     ModelConfig,
     ReferenceConfig,
     TrainConfig,
-    resolve,
 )
 from dpo.errors import UserError
 
@@ -274,21 +273,36 @@ def test_what_can_be_honoured_together_is_accepted(sections):
     Config(**sections).check()
 
 
-# -------------------------------------------------------------------------------------- resolve
+# ---------------------------------------------------------------------------------------- paths
+
+NAMED = [
+    lambda name: ModelConfig(name_or_path=name).path,
+    lambda name: DataSource(path=name).location,
+    lambda name: DataConfig(eval_path=name).eval_source.location,
+]
 
 
-def test_quickstart_paths_are_those_of_the_package_and_others_are_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize("found", NAMED, ids=["model", "source", "held-out rows"])
+def test_quickstart_paths_are_those_of_the_package_and_others_are_kept(
+    found, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    assert resolve("quickstart/train.jsonl") == str(PACKAGE / "quickstart" / "train.jsonl")
-    assert resolve("Intel/orca_dpo_pairs") == "Intel/orca_dpo_pairs"
-    assert resolve("./quickstart/train.jsonl") == "./quickstart/train.jsonl"
+    assert found("quickstart/train.jsonl") == str(PACKAGE / "quickstart" / "train.jsonl")
+    assert found("Intel/orca_dpo_pairs") == "Intel/orca_dpo_pairs"
+    assert found("./quickstart/train.jsonl") == "./quickstart/train.jsonl"
 
 
 def test_a_users_own_quickstart_folder_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quickstart").mkdir()
     (tmp_path / "quickstart" / "train.jsonl").touch()
-    assert resolve("quickstart/train.jsonl") == "quickstart/train.jsonl"
+    assert DataSource(path="quickstart/train.jsonl").location == "quickstart/train.jsonl"
+
+
+def test_held_out_rows_of_their_own_are_a_source_with_their_split_and_the_datas_format():
+    data = DataConfig(eval_path="e.jsonl", eval_split="test", format="ultrafeedback")
+    assert data.eval_source == DataSource(path="e.jsonl", split="test", format="ultrafeedback")
+    assert DataConfig().eval_source is None
 
 
 def test_the_best_model_is_chosen_by_a_metric_that_is_measured_and_has_a_direction():

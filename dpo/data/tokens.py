@@ -29,8 +29,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.config import DataConfig
 from dpo.data.audit import Audit
-from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer, Limits, choose_template, require_chatml
+from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer, choose_template, require_chatml
 from dpo.data.formats import RowError, to_preference
+from dpo.data.limits import Limits
 from dpo.data.sources import Row, Source
 from dpo.data.workers import in_order, num_cores
 from dpo.errors import UserError
@@ -86,7 +87,7 @@ def tokenized(
         UserError: of the first row that cannot be read, or cannot be used as `data` is set.
     """
     template = choose_template(tokenizer, data.chat_template)
-    limits = Limits(data.max_prompt_length, data.max_length, data.on_overlong)
+    limits = Limits.of(data)
     if format == "chatml_dpo_pairs":
         require_chatml(tokenizer, f"{source.name}: the rows are ready-made ChatML")
     depends_on = (

@@ -14,12 +14,9 @@ from itertools import cycle, islice
 
 import torch
 
-from dpo.config import Config, resolve
-from dpo.data.audit import Audit, Limits
-from dpo.data.chat import ChatTokenizer, choose_template
-from dpo.data.formats import RowError, to_preference
-from dpo.data.loader import choose_format, list_sources, micro_batches
-from dpo.data.sources import open_source
+from dpo.config import Config
+from dpo.data.audit import Audit
+from dpo.data.loader import first_pairs, list_sources, micro_batches, open_rows
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
 from dpo.model.load import load_tokenizer
@@ -122,29 +119,17 @@ def first_rows(config: Config) -> Sample:
         UserError: a source or the tokenizer cannot be read, or none of the rows is usable.
     """
     data, audit = config.data, Audit()
-    limits = Limits(data.max_prompt_length, data.max_length, data.on_overlong)
     pairs: list[TokenizedPair] = []
     num_rows = 0.0
     try:
         tokenizer = load_tokenizer(config.model)
-        chat = ChatTokenizer(
-            tokenizer, choose_template(tokenizer, data.chat_template), limits, audit
-        )
         sources = list_sources(data)
         for source in sources:
-            rows = open_source(
-                resolve(source.path), subset=data.subset, revision=data.revision, split=source.split
-            )
-            format = choose_format(rows, source.format)
+            rows, format = open_rows(source, data.subset, data.revision)
             num_rows += len(rows) * source.weight
-            for number, value in islice(rows, SAMPLE_ROWS // len(sources) or 1):
-                audit.rows_read += 1
-                try:
-                    preference = to_preference(value, format, where=rows.where(number))
-                except RowError as error:
-                    audit.drop(error.reason, number)
-                    continue
-                pairs += [pair for _, pair in chat.tokenize([(number, preference)])]
+            count = SAMPLE_ROWS // len(sources) or 1
+            first = first_pairs(rows, format, data, tokenizer, count, audit)
+            pairs += [pair for _, _, pair in first]
     except UserError as error:
         raise UserError(f"{error} Or give mean lengths: --lengths 250,200,200.") from None
     if not pairs:

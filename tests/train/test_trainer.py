@@ -20,6 +20,7 @@ from dpo.model.scorer import Scorer
 from dpo.train import selfcheck, trainer
 from dpo.train.selfcheck import check_start, first_pairs
 from dpo.train.trainer import Run
+from tests.models import QUICKSTART_MODEL
 from tests.train.runs import (
     QUIET,
     config,
@@ -47,20 +48,16 @@ def assert_starts_at_ln_2(folder):
 
 def model_folder(tmp_path, **settings):
     """The packaged model with other settings in its config."""
-    from dpo.config import resolve
-
     folder = tmp_path / "model"
-    model = transformers.AutoModelForCausalLM.from_pretrained(resolve(PACKAGED), **settings)
+    model = transformers.AutoModelForCausalLM.from_pretrained(QUICKSTART_MODEL, **settings)
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(resolve(PACKAGED)).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(folder)
     return folder
 
 
 def adapter_folder(tmp_path):
     """An adapter whose update is not zero, as supervised fine-tuning leaves one."""
-    from dpo.config import resolve
-
-    base = transformers.AutoModelForCausalLM.from_pretrained(resolve(PACKAGED))
+    base = transformers.AutoModelForCausalLM.from_pretrained(QUICKSTART_MODEL)
     model = peft.get_peft_model(
         base, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     )
@@ -69,7 +66,7 @@ def adapter_folder(tmp_path):
             torch.nn.init.normal_(parameter, std=0.05)
     folder = tmp_path / "sft"
     model.save_pretrained(folder, save_embedding_layers=False)
-    transformers.AutoTokenizer.from_pretrained(resolve(PACKAGED)).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(folder)
     return folder
 
 
