@@ -41,7 +41,7 @@ class ModelConfig:
     attention: Literal["auto", "shared", "padded"] = "auto"
     """shared computes each prompt once, padded gives every answer a row; auto chooses."""
     lean_layers: bool = True
-    """Keep less of each layer for the backward, where its kind is known (dpo.model.kernels)."""
+    """Keep less of each layer for the backward, where its kind is known (dpo.model.lean)."""
     compile: bool = False
     """torch.compile what lies between products and attention, layer by layer; needs a compiler."""
     trust_remote_code: bool = False

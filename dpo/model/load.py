@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo.config import Config, LoraConfig, ModelConfig
 from dpo.errors import UserError
-from dpo.model.kernels import make_lean
+from dpo.model.lean import make_lean
 
 REFERENCE_ADAPTER = "reference"  # the frozen copy of an adapter that the policy starts from
 
