@@ -11,7 +11,7 @@ model needs no gradient to its embeddings.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -58,15 +58,6 @@ def work(
         (s.shared + s.chosen) ** 2 / 2 + s.rejected * s.shared + s.rejected**2 / 2 for s in segments
     )
     return Work(sum(s.end - s.start for s in segments), scores, num_scored)
-
-
-def segments_of(lengths: Iterable[Sequence[int]]) -> list[Segment]:
-    """Segments of pairs of (prompt, chosen, rejected) tokens whose answers do not open alike."""
-    segments: list[Segment] = []
-    for prompt, chosen, rejected in lengths:
-        start = segments[-1].end if segments else 0
-        segments.append(Segment(start, prompt, chosen - 1, rejected - 1))
-    return segments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,21 +131,6 @@ class Costs:
             recomputed=recomputed,
             head=head,
             reference=reference if live_reference else 0.0,
-        )
-
-    def floor(
-        self, prompt: int, chosen: int, rejected: int, *, live_reference: bool = True
-    ) -> float:
-        """The least that a pair costs whose answers do not open alike, without an adapter's own.
-
-        Every token once, no checkpointing; only gradients of activations, as LoRA needs them.
-        """
-        scores = (prompt + chosen) ** 2 / 2 + rejected * prompt + rejected**2 / 2
-        reference = int(live_reference)
-        return (
-            self.linear * (prompt + chosen + rejected - 2) * (2 + reference)
-            + self.attention * scores * (1 + FLASH_BACKWARD + reference)
-            + self.head * (chosen + rejected) * (2 + reference)
         )
 
 
