@@ -69,7 +69,7 @@ class FinishedRun:
     @cached_property
     def _before(self) -> Frozen | None:
         """Loaded again, for a run that trained every weight; an adapter is switched off instead."""
-        if hasattr(self.policy.model, "peft_config"):
+        if self.policy.is_adapted:
             return None
         return Frozen(load_policy(self.config, self.device).model, self.scorer.layout)
 

@@ -201,7 +201,7 @@ def score_trained(folder: Path, weights: str, num_pairs: int) -> Trained:
     run = FinishedRun(folder, weights)
     pairs, pairs_are = run.some_pairs(num_pairs)
     model, budget, bare = run.policy.model, run.config.train.scoring_tokens, None
-    if hasattr(model, "peft_config"):
+    if run.policy.is_adapted:
         with model.disable_adapter():  # type: ignore[operator]
             bare = score(run.scorer, pairs, budget)
     return Trained(

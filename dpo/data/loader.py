@@ -68,7 +68,7 @@ class Pairs(Sequence[TokenizedPair]):
         return np.arange(len(self)) if self._places is None else self._places
 
     @property
-    def sources(self) -> Int[np.ndarray, " pairs"]:
+    def source_of_each(self) -> Int[np.ndarray, " pairs"]:
         """Which source each pair is of."""
         return np.searchsorted(self._starts, self._all_places(), side="right") - 1
 
@@ -92,7 +92,7 @@ class Pairs(Sequence[TokenizedPair]):
         return digest.hexdigest()
 
     @property
-    def longest(self) -> int:
+    def longest_in_files(self) -> int:
         """Tokens that the longest pair of the sources adds to a stream, be it of these or not."""
         return max(file.longest for _, file in self._files)
 
@@ -255,7 +255,7 @@ def _split(
         return pairs, pairs.select(np.arange(0))  # every pair once: no list of a million places
     is_held_out = _is_held_out(pairs.prompt_digests(), fraction, seed)
     seen = [
-        _weighted(np.flatnonzero(~is_held_out & (pairs.sources == i)), weight, (seed, i))
+        _weighted(np.flatnonzero(~is_held_out & (pairs.source_of_each == i)), weight, (seed, i))
         for i, weight in enumerate(weights)
     ]
     return pairs.select(np.concatenate(seen)), pairs.select(np.flatnonzero(is_held_out))

@@ -47,6 +47,21 @@ class Policy:
     starts_from_adapter: bool = False
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def is_adapted(self) -> bool:
+        """An adapter trains, and not every weight."""
+        return is_adapted(self.model)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether PEFT wraps the model."""
+    return hasattr(model, "peft_config")
+
+
+def without_peft(model: nn.Module) -> PreTrainedModel:
+    """The model that PEFT wraps, or the model itself; its layers may hold adapters."""
+    return model.get_base_model() if is_adapted(model) else model  # type: ignore[operator,return-value]
+
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the model; of the base where an adapter's folder has none."""
@@ -193,7 +208,7 @@ def dequantize(base: PreTrainedModel) -> PreTrainedModel:
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Puts the trained weights of a checkpoint, of `best/` or of `final/` into the policy."""
-    if hasattr(model, "peft_config"):
+    if is_adapted(model):
         import peft
 
         weights = load_file(folder / "adapter_model.safetensors")
@@ -203,9 +218,8 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected
-    assert all("lm_head" in name for name in missing), (
-        missing
-    )  # tied to the embeddings, stored once
+    # A head that is tied to the embeddings is stored once.
+    assert all("lm_head" in name for name in missing), missing
 
 
 def keep_4bit_trainable(model: nn.Module) -> None:

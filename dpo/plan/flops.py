@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from dpo.data.stream import Segment
-from dpo.model.load import REFERENCE_ADAPTER
+from dpo.model.load import REFERENCE_ADAPTER, is_adapted, without_peft
 
 FLASH_BACKWARD = 2.5  # of the forward: 5 products for 2 (Dao 2023, arXiv:2307.08691, section 3.1)
 
@@ -136,9 +136,7 @@ class Costs:
 
 def costs(model: nn.Module) -> Costs:
     """The costs of a causal LM, or of a PEFT model around one, as its weights are set to train."""
-    is_adapted = hasattr(model, "peft_config")
-    causal_lm = model.get_base_model() if is_adapted else model  # type: ignore[operator]
-    assert isinstance(causal_lm, PreTrainedModel)
+    has_adapter, causal_lm = is_adapted(model), without_peft(model)
     config = causal_lm.config.get_text_config()
     head = causal_lm.get_output_embeddings()
     layers = [m for m in causal_lm.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -157,12 +155,12 @@ def costs(model: nn.Module) -> Costs:
         adapter=adapter,
         attention=2.0 * _attention_width(config) * _attention_layers(config),
         head=2.0 * head.weight.numel(),  # type: ignore[union-attr,operator]
-        trains_base=not is_adapted,
+        trains_base=not has_adapter,
         checkpointed=len(checkpointed) / max(1, len(layers)),
         # A recomputation ends with the last input that is missing. That is the last product's,
         # where it trains, and its output is not needed; under LoRA the adapter's follow.
-        not_recomputed=0.0 if is_adapted else sum(map(_last_linear, checkpointed), 0.0),
-        adapter_in_reference=is_adapted and REFERENCE_ADAPTER in model.peft_config,  # type: ignore[operator]
+        not_recomputed=0.0 if has_adapter else sum(map(_last_linear, checkpointed), 0.0),
+        adapter_in_reference=has_adapter and REFERENCE_ADAPTER in model.peft_config,  # type: ignore[operator]
     )
 
 

@@ -27,9 +27,8 @@ from dpo.plan.memory import SAVINGS, Saving, fitting_tokens
 
 SAMPLE_ROWS = 256
 PROBE_PAIRS = 4
-ENOUGH_TOKENS = (
-    8192  # a micro-batch for which forming 4-bit weights anew is a small part of the work
-)
+# A micro-batch for which forming 4-bit weights anew is a small part of the work.
+ENOUGH_TOKENS = 8192
 PAIR_BYTES = 32  # of a pair on disk, beside its numbers: digests, offsets
 
 
@@ -279,7 +278,7 @@ def disk_parts(config: Config, fake: FakePolicy, sample: Sample, steps: int) -> 
         "final/": weights,
         f"{pairs} tokenised pairs": round(pairs * (4 * sample.mean(ids) + PAIR_BYTES)),
         "reference cache": round(pairs * (4 * sample.mean(scored) + PAIR_BYTES)),
-        "merged model, if you merge": fake.num_base_weights() * fake.base.dtype.itemsize,  # type: ignore[operator,union-attr]
+        "merged model, if you merge": fake.num_base_weights() * fake.base.dtype.itemsize,
     }
     if config.reference.mode == "zero" or config.reference.cache == "off":
         del parts["reference cache"]

@@ -109,7 +109,7 @@ def token_budget(run: Any, state: dict[str, Any]) -> Budget:
         run.policy.model,
         score_and_differentiate,
         num_tokens=len(stream.input_ids),
-        longest=run.data.train.longest,
+        longest=run.data.train.longest_in_files,
         optimizer=run.config.optim.name,
         device=device,
         savings=[s for s in SAVINGS if s.checkpoint_every == 1] if as_configured[0] else SAVINGS,
