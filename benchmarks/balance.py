@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from dpo.data.order import balance
-from dpo.plan.flops import Costs, segments_of, work
+from dpo.data.stream import Segment
+from dpo.plan.flops import Costs, work
 
 LENGTHS = Path(__file__).parent / "orca_lengths.json"
 RANKS = (8, 64, 512, 1024)
@@ -70,7 +71,10 @@ def table() -> str:
 
 def flops(lengths: np.ndarray) -> np.ndarray:
     """Of each (prompt, chosen, rejected), forward, backward and reference."""
-    works = [work(segments_of([tuple(row)]), int(row[1] + row[2])) for row in lengths.tolist()]
+    works = [
+        work([Segment(0, prompt, chosen - 1, rejected - 1)], chosen + rejected)
+        for prompt, chosen, rejected in lengths.tolist()
+    ]
     return np.array([MISTRAL.flops(pair).total for pair in works])
 
 

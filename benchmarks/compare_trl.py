@@ -81,10 +81,10 @@ def run_trl(
     )
     how = {"dtype": "bfloat16", "quantization_config": nf4} if on_gpu else {"dtype": "float32"}
     trainer = DPOTrainer(
-        AutoModelForCausalLM.from_pretrained(ours.model.name_or_path, **how),
+        AutoModelForCausalLM.from_pretrained(ours.model.path, **how),
         args=args,
         train_dataset=rows.select(task.order),  # type: ignore[union-attr,arg-type]
-        processing_class=AutoTokenizer.from_pretrained(ours.model.name_or_path),
+        processing_class=AutoTokenizer.from_pretrained(ours.model.path),
         peft_config=peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=ours.lora.r,

@@ -14,10 +14,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.config import parse
+from dpo.cli import parse
+from dpo.data.stream import Segment
 from dpo.plan.fake import FakePolicy
 from dpo.plan.fit import Saving
-from dpo.plan.flops import Costs, costs, segments_of, work
+from dpo.plan.flops import Costs, costs, work
 from dpo.plan.plan import given_lengths
 
 PEAK_TFLOPS, MFU = 989, 0.4  # H100, bfloat16; the share is an assumption
@@ -83,7 +84,8 @@ def measure(shape: tuple[int, ...]) -> Model:
         head=deeper.costs.head,
         trains_base=False,
     )
-    its_work = work(segments_of([LENGTHS]), LENGTHS[1] + LENGTHS[2])
+    prompt, chosen, rejected = LENGTHS
+    its_work = work([Segment(0, prompt, chosen - 1, rejected - 1)], chosen + rejected)
     return Model(
         base=int(at_depth("base")),
         adapter=int(at_depth("adapter")),

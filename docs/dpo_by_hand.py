@@ -8,7 +8,7 @@ A test holds that dpo.losses and dpo.model.scorer give the same number to 1e-5.
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo.config import resolve
+from dpo.config import PACKAGE
 
 PROMPT = "<|im_start|>user\nWhich number is larger, 7 or 9?<|im_end|>\n<|im_start|>assistant\n"
 CHOSEN, REJECTED, BETA = "The larger number is 9.<|im_end|>", "It is 7.<|im_end|>", 0.1
@@ -31,10 +31,10 @@ def dpo_loss(policy, reference, prompt, chosen, rejected, beta=BETA):
 
 
 if __name__ == "__main__":
-    tokenizer = AutoTokenizer.from_pretrained(resolve("quickstart/model"))
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "quickstart/model")
     pair = [tokenizer(text)["input_ids"] for text in (PROMPT, CHOSEN, REJECTED)]
     reference, policy = (
-        AutoModelForCausalLM.from_pretrained(resolve("quickstart/model"), dtype=torch.float32)
+        AutoModelForCausalLM.from_pretrained(PACKAGE / "quickstart/model", dtype=torch.float32)
         for _ in range(2)
     )
     print("before training:", dpo_loss(policy, reference, *pair).item(), "= ln 2")

@@ -1,28 +1,25 @@
 """The configuration: one dataclass a section, one sentence a field, checked before weights load.
 
-`parse(argv)` reads `--config FILE` (YAML, nested like the classes here) and then flags, each of
-which sets one key: `--section.key value`. With no `--config` it starts from the packaged quickstart
-configuration; with one, from the defaults below, which are those of the NeuralHermes article.
+The defaults are those of the NeuralHermes article. `dpo.cli` reads files and flags.
 """
 
-import difflib
 import inspect
-import logging
-import re
-import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
-
-import yaml
 
 from dpo.errors import UserError
 from dpo.losses import LOSSES
 
 PACKAGE = Path(__file__).parent
-QUICKSTART = PACKAGE / "quickstart" / "config.yaml"
+
+
+def _located(name: str) -> str:
+    """`quickstart/...` names what ships with the package; any other path or id is kept."""
+    if name.startswith("quickstart/") and not Path(name).exists():
+        return str(PACKAGE / name)
+    return name
 
 
 @dataclass(kw_only=True)
@@ -44,11 +41,16 @@ class ModelConfig:
     attention: Literal["auto", "shared", "padded"] = "auto"
     """shared computes each prompt once, padded gives every answer a row; auto chooses."""
     lean_layers: bool = True
-    """Keep less of each layer for the backward, where its kind is known (dpo.model.kernels)."""
+    """Keep less of each layer for the backward, where its kind is known (dpo.model.lean)."""
     compile: bool = False
     """torch.compile what lies between products and attention, layer by layer; needs a compiler."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+    @property
+    def path(self) -> str:
+        """Hub id or folder, where it is."""
+        return _located(self.name_or_path)
 
 
 @dataclass(kw_only=True)
@@ -84,6 +86,11 @@ class DataSource:
     split: str = "train"
     """As data.split, for this source."""
 
+    @property
+    def location(self) -> str:
+        """Hub id, file or folder, where it is."""
+        return _located(self.path)
+
 
 @dataclass(kw_only=True)
 class DataConfig:
@@ -113,6 +120,13 @@ class DataConfig:
     """What happens to a pair that is too long."""
     chat_template: str = "auto"
     """auto: the tokenizer's, or ChatML if it has none; chatml; none: refuse messages; or a file."""
+
+    @property
+    def eval_source(self) -> DataSource | None:
+        """What `eval_path` names, if it does."""
+        if not self.eval_path:
+            return None
+        return DataSource(path=self.eval_path, format=self.format, split=self.eval_split)
 
 
 @dataclass(kw_only=True)
@@ -242,43 +256,43 @@ class Config:
     def _check_model(self) -> None:
         model, reference = self.model, self.reference
         if model.adapter == "none" and model.quantization != "none":
-            _refuse(
+            refuse(
                 "model.quantization",
                 model.quantization,
                 "none, since model.adapter is none and quantised weights cannot train",
             )
         if model.dequantize_base is True and model.quantization not in ("nf4", "fp4"):
-            _refuse(
+            refuse(
                 "model.dequantize_base",
                 True,
                 f"auto or false, since model.quantization is {model.quantization}, not 4-bit",
             )
         if model.adapter == "none" and reference.mode == "adapter":
-            _refuse("reference.mode", "adapter", "auto, frozen or zero, since there is no adapter")
+            refuse("reference.mode", "adapter", "auto, frozen or zero, since there is no adapter")
         if model.adapter == "lora" and reference.mode == "frozen":
-            _refuse(
+            refuse(
                 "reference.mode",
                 "frozen",
                 "auto or adapter: with an adapter the frozen model is the base under it, for free",
             )
         if reference.mode == "zero" and reference.cache not in ("auto", "off"):
-            _refuse("reference.cache", reference.cache, "auto or off, since reference.mode is zero")
+            refuse("reference.cache", reference.cache, "auto or off, since reference.mode is zero")
         if model.adapter == "none" and model.dtype == "float16":
-            _refuse(
+            refuse(
                 "model.dtype",
                 "float16",
                 "bfloat16 or float32, since model.adapter is none: AdamW's steps underflow in "
                 "float16 weights",
             )
         if self.lora.init not in (True, "gaussian"):
-            _refuse(
+            refuse(
                 "lora.init",
                 self.lora.init,
                 "true or gaussian: with the others the base under the adapter, which is the "
                 "reference, is not the model that training starts from",
             )
         if self.lora.use_dora and model.dtype != "float32":
-            _refuse(
+            refuse(
                 "lora.use_dora",
                 True,
                 f"false, since model.dtype is {model.dtype}: DoRA's norms round there, and the "
@@ -288,37 +302,37 @@ class Config:
     def _check_held_out(self) -> None:
         data, train = self.data, self.train
         if data.eval_split != "train" and not data.eval_path:
-            _refuse("data.eval_split", data.eval_split, "train, since there is no data.eval_path")
+            refuse("data.eval_split", data.eval_split, "train, since there is no data.eval_path")
         if data.eval_path and data.eval_fraction:
-            _refuse("data.eval_fraction", data.eval_fraction, "0, since data.eval_path is set")
+            refuse("data.eval_fraction", data.eval_fraction, "0, since data.eval_path is set")
         if data.max_prompt_length >= data.max_length:
-            _refuse(
+            refuse(
                 "data.max_prompt_length",
                 data.max_prompt_length,
                 f"less than data.max_length ({data.max_length}), to leave room for an answer",
             )
         if train.max_steps == 0 or train.max_steps < -1:
-            _refuse("train.max_steps", train.max_steps, "a positive number, or -1 for epochs")
+            refuse("train.max_steps", train.max_steps, "a positive number, or -1 for epochs")
         if train.metric_for_best_model and not (data.eval_path or data.eval_fraction):
-            _refuse(
+            refuse(
                 "train.metric_for_best_model",
                 train.metric_for_best_model,
                 "null, since nothing is held out: set data.eval_path or data.eval_fraction",
             )
         if train.metric_for_best_model not in (None, *BEST_METRICS):
-            _refuse(
+            refuse(
                 "train.metric_for_best_model",
                 train.metric_for_best_model,
                 f"null or one of {', '.join(BEST_METRICS)}",
             )
         if train.metric_for_best_model == "eval/kl" and self.reference.mode == "zero":
-            _refuse("reference.mode", "zero", "another, since eval/kl chooses the best model")
+            refuse("reference.mode", "zero", "another, since eval/kl chooses the best model")
         if train.metric_for_best_model == "eval/kl" and not train.eval_prompts:
-            _refuse("train.eval_prompts", 0, "at least 1, since eval/kl chooses the best model")
+            refuse("train.eval_prompts", 0, "at least 1, since eval/kl chooses the best model")
         if train.metric_for_best_model == "eval/exact_match" and not train.eval_exact_match:
-            _refuse("train.eval_exact_match", False, "true, since it chooses the best model")
+            refuse("train.eval_exact_match", False, "true, since it chooses the best model")
         if train.eval_exact_match and not train.eval_prompts:
-            _refuse("train.eval_prompts", 0, "at least 1, since train.eval_exact_match is true")
+            refuse("train.eval_prompts", 0, "at least 1, since train.eval_exact_match is true")
 
 
 # The metrics that can choose the best weights, and which value of each is the better one.
@@ -363,12 +377,14 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def _refusal(key: str, got: object, wanted: str) -> str:
+def refusal(key: str, got: object, wanted: str) -> str:
+    """What is said of a value that a key cannot have."""
     return f"{key}: got {got!r}, wanted {wanted}. Change it in the config or by --{key}."
 
 
-def _refuse(key: str, got: object, wanted: str) -> NoReturn:
-    raise UserError(_refusal(key, got, wanted))
+def refuse(key: str, got: object, wanted: str) -> NoReturn:
+    """Raises it as a UserError."""
+    raise UserError(refusal(key, got, wanted))
 
 
 def _check_ranges(config: Config) -> None:
@@ -376,145 +392,22 @@ def _check_ranges(config: Config) -> None:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         if not holds(value) or value == float("inf"):
-            _refuse(key, value, wanted)
+            refuse(key, value, wanted)
     if isinstance(config.data.name_or_path, list):
         for source in config.data.name_or_path:
             if not 0 < source.weight < float("inf"):
                 wanted = f"a weight above 0 for {source.path}"
-                _refuse("data.name_or_path", source.weight, wanted)
+                refuse("data.name_or_path", source.weight, wanted)
 
 
 def _check_loss(loss: LossConfig) -> None:
     if loss.type not in LOSSES:
-        _refuse("loss.type", loss.type, f"one of {', '.join(LOSSES)}")
+        refuse("loss.type", loss.type, f"one of {', '.join(LOSSES)}")
     for option in fields(LossConfig):
         given = getattr(loss, option.name)
         if option.name not in ("type", *loss.options) and given != option.default:
-            _refuse(
+            refuse(
                 f"loss.{option.name}",
                 given,
                 f"{option.default} (its default), since the {loss.type} loss has no such option",
             )
-
-
-def resolve(path: str) -> str:
-    """`quickstart/...` names what ships with the package; any other path or id is kept."""
-    if path.startswith("quickstart/") and not Path(path).exists():
-        return str(PACKAGE / path)
-    return path
-
-
-def parse(argv: Sequence[str] | None = None, prog: str = "scripts/train.py") -> Config:
-    """The checked configuration from command-line flags.
-
-    Raises:
-        UserError: an unknown key (with the nearest known ones), a value of the wrong type, or one
-            that cannot be honoured.
-    """
-    import jsonargparse
-
-    argv = list(sys.argv[1:] if argv is None else argv)
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    # No abbreviations: --optim.lr would mean lr_scheduler_type.
-    parser: Any = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(Config, None)
-    has_config = any(arg == "--config" or arg.startswith("--config=") for arg in argv)
-    if not has_config:
-        argv = ["--config", str(QUICKSTART), *argv]
-    try:
-        namespace = parser.parse_args(argv)
-        own_data = yaml.safe_load(QUICKSTART.read_text())["data"]["name_or_path"]
-        if not has_config and namespace["data.name_or_path"] != own_data:
-            # Other data: the quickstart's own held-out rows and its ground truth do not apply.
-            argv[2:2] = ["--data.eval_path", "null", "--train.eval_exact_match", "false"]
-            argv[2:2] = ["--train.metric_for_best_model", "null"]
-            namespace = parser.parse_args(argv)
-    except (jsonargparse.ArgumentError, UnicodeDecodeError) as error:
-        raise UserError(_explain(str(error))) from None
-    _check_shape(namespace)
-    sections = parser.instantiate(namespace)
-    config = Config(**{section.name: sections[section.name] for section in fields(Config)})
-    config.check()
-    return config
-
-
-def _check_shape(namespace: Any) -> None:
-    """What the parser lets through: a section that is no section, a null where none is meant."""
-    for section in fields(Config):
-        given = namespace[section.name]
-        if not hasattr(given, "__dict__"):
-            raise UserError(f"{section.name}: got {given!r}, wanted its keys, indented below it.")
-        for key in fields(section.default_factory()):  # type: ignore[misc,arg-type]
-            if given[key.name] is None and key.default is not None:
-                _refuse(f"{section.name}.{key.name}", None, f"a value such as {key.default!r}")
-
-
-def known_keys() -> list[str]:
-    """Every `section.key`."""
-    return [
-        f"{section.name}.{key.name}"
-        for section in fields(Config)
-        for key in fields(section.default_factory())  # type: ignore[misc,arg-type]
-    ]
-
-
-def _explain(message: str) -> str:
-    """The parser's message in our words, with the nearest known keys to an unknown one."""
-    if message.startswith("Unexpected config"):
-        return "configuration: the file is empty, or not made of sections with keys below them."
-    unknown = re.search(r"arguments: --([\w.]+)|[Oo]ption '([\w.]+)'", message)
-    name = (unknown[1] or unknown[2]) if unknown else ""
-    if message.startswith('Parser key "data.name_or_path"'):
-        keys = [key.name for key in fields(DataSource)]
-        wrong_key = f" Unknown key {name}." if name else ""
-        return (
-            "data.name_or_path: wanted a hub id, a file or a folder, or a list of sources, "
-            f"{{path: ID_OR_FILE}} each, with these keys: {', '.join(keys)} (only path must be "
-            f"there).{wrong_key}"
-        )
-    key = re.match(r'Parser key "([\w.]+)":', message)
-    given = re.search(r"(?:Got|Given) value: (.*)", message)
-    kinds = re.findall(r"Expected an? (.+?)\.?(?: Got value: .*)?$", message, re.MULTILINE)
-    if key and given and kinds:  # several, where a union was wanted
-        wanted = re.sub(
-            r"<class '(\w+)'>|typing\.Literal", lambda m: m[1] or "one of ", " or ".join(kinds)
-        )
-        return _refusal(key[1], given[1], wanted.replace("NoneType", "null"))
-    if not unknown:
-        return "configuration: " + re.sub(r'Parser key "([^"]+)":', r"--\1:", message)
-    group = re.search(r"Group '(\w+)'", message)
-    full = f"{group[1]}.{name}" if group else name
-    near = difflib.get_close_matches(full, known_keys(), n=3, cutoff=0.5)
-    hint = f" Nearest: {', '.join(near)}." if near else ""
-    return f"configuration: unknown key {full}.{hint} All keys: scripts/train.py --help."
-
-
-def save(config: Config, path: Path) -> None:
-    """Writes every key, so that the run can be repeated from this file alone."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
-
-
-def run(main: Callable[[], object], stopped: str = "stopped") -> None:
-    """Runs a script: a user's mistake becomes one message and exit code 2, without a traceback.
-
-    `stopped` is what Ctrl-C says.
-    """
-    for known in _KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=known)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
-        sys.exit(130)
-
-
-# Said by libraries about themselves; nothing that a user could act on.
-_KNOWN_WARNINGS = (
-    "`is_gradient_checkpointing` is deprecated",  # peft 0.21 reads what transformers 5.23 renamed
-    "Paged optimizers are not supported on CPU",  # the run header says so
-)

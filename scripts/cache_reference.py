@@ -6,7 +6,7 @@ accelerate launch --num_processes 8 scripts/cache_reference.py --config FILE
 
 import os
 
-from dpo.config import parse, run
+from dpo.cli import parse, run_script
 
 
 def main() -> None:
@@ -20,4 +20,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, "stopped; what was computed is kept, and the same command goes on from there")
+    run_script(main, "stopped; what was computed is kept, and the same command goes on from there")

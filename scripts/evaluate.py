@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dpo.after.evaluate import Options, evaluate_run
-from dpo.config import run
+from dpo.cli import run_script
 
 
 def main() -> None:
@@ -49,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

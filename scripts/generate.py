@@ -24,7 +24,7 @@ from dpo.after.generate import (
     write_answers,
 )
 from dpo.after.prompts import read_prompts
-from dpo.config import run
+from dpo.cli import run_script
 from dpo.evaluate.samples import Sampling
 
 
@@ -81,4 +81,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

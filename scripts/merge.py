@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 from dpo.after.merge import BASES, DTYPES, merge_run
-from dpo.after.merged import check_can_push, push, verified_files
-from dpo.config import run
+from dpo.after.push import check_can_push, push, verified_files
+from dpo.cli import run_script
 
 
 def main() -> None:
@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -9,7 +9,7 @@ answer that `--lengths` gives: then config.json of the model is all that is read
 
 import argparse
 
-from dpo.config import parse, run
+from dpo.cli import parse, run_script
 from dpo.errors import UserError
 from dpo.plan.plan import choose_gpu, first_rows, given_lengths
 from dpo.plan.tables import plan_tables
@@ -34,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 
-from dpo.config import parse, run
+from dpo.cli import parse, run_script
 from dpo.data.preview import preview_rows
 from dpo.model.load import load_tokenizer
 
@@ -26,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

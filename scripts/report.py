@@ -7,7 +7,7 @@ python scripts/report.py runs/a runs/b [--output FILE]        # runs/comparison.
 import argparse
 from pathlib import Path
 
-from dpo.config import run
+from dpo.cli import run_script
 from dpo.report.page import write_comparison, write_report
 
 
@@ -30,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -5,7 +5,7 @@ accelerate launch scripts/train.py --config scripts/configs/neuralhermes.yaml
 accelerate launch scripts/train.py --train.max_steps 50 --loss.beta 0.3
 """
 
-from dpo.config import parse, run
+from dpo.cli import parse, run_script
 
 
 def main() -> None:
@@ -17,4 +17,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, "stopped; with train.resume auto, the same command goes on from the last checkpoint")
+    run_script(
+        main, "stopped; with train.resume auto, the same command goes on from the last checkpoint"
+    )

@@ -4,6 +4,9 @@ import peft
 import torch
 import transformers
 
+from dpo.config import PACKAGE
+
+QUICKSTART_MODEL = str(PACKAGE / "quickstart" / "model")
 SIZES = {
     "vocab_size": 61,
     "hidden_size": 32,

@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent
 SOURCES = [*sorted((ROOT / "dpo").rglob("*.py")), *sorted((ROOT / "scripts").rglob("*.py"))]
 
 # Each imports only from its left, or from itself.
-ORDER = (
-    "errors losses logps metrics config table ranks data model plan evaluate report train after "
-    "scripts"
-).split()
+ORDER = """
+errors losses logps metrics config cli table ranks data model plan evaluate report train after
+scripts
+""".split()
 OUTSIDE = ("", "quickstart")  # dpo/__init__.py, and the scripts that make the quickstart's files
 BARE = ("losses", "logps")  # a student runs these with torch alone
 BARE_MAY_IMPORT = {"torch", "jaxtyping", *sys.stdlib_module_names}

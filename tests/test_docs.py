@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.config import known_keys
+from dpo.cli import known_keys
 from dpo.data.formats import FORMATS
 from dpo.metrics import METRICS
 

@@ -13,7 +13,7 @@ import torch
 from dpo.data.stream import build_stream
 from dpo.evaluate.samples import generate
 from dpo.logps import token_logps
-from dpo.model.kernels import make_lean
+from dpo.model.lean import make_lean
 from dpo.model.load import load_policy, load_tokenizer
 from dpo.model.scorer import Scorer
 from dpo.train.trainer import Run

@@ -52,7 +52,7 @@ def product(setup: Setup) -> Iterator[Row]:
 def rounding(setup: Setup) -> Iterator[Row]:
     """One call of varlen attention against fp32 SDPA on the same rounded numbers, two widths."""
     (stream,) = make_streams(setup, setup.budgets[0])
-    layout = attention.Layout(stream.segments, setup.device)
+    segments = attention.Segments(stream.segments, setup.device)
     heads = setup.shape["num_attention_heads"], *(setup.shape["num_key_value_heads"],) * 2
     for width in (64, 128):
         shapes = [(1, h, len(stream.input_ids), width) for h in heads]
@@ -62,9 +62,9 @@ def rounding(setup: Setup) -> Iterator[Row]:
         for dtype in (torch.bfloat16, torch.float32):
             inputs = [s.to(dtype).requires_grad_() for s in states]
             if serves and dtype == torch.bfloat16:
-                out = attention._in_one_call(*inputs, layout, width**-0.5, None)
+                out = attention._in_one_call(*inputs, segments, width**-0.5, None)
             else:
-                out = attention._by_segment(*inputs, layout, width**-0.5, None, 0.0)
+                out = attention._by_segment(*inputs, segments, width**-0.5, None, 0.0)
             grads = torch.autograd.grad(out, inputs, torch.ones_like(out))
             results.append([out, *grads])
         worst = [

@@ -1,15 +1,18 @@
-"""The facts of a model card, from what the run wrote; the words are in card.md.j2."""
+"""A model card: the facts, from what the run wrote, in the words of card.md.j2."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from dpo.after.merge_error import MergeError
-from dpo.after.merged import base_licence, base_path, hub_id, write_card
-from dpo.config import Config, resolve
+from dpo.config import Config, DataSource, ModelConfig
 from dpo.data.loader import list_sources
+from dpo.model.load import base_of
 from dpo.report.logs import RunLogs, read_logs
 
+CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
 NUM_SAMPLES = 3
 _LONGEST_SAMPLE = 800  # characters
 # Keys of the configuration that say how the model was made; no key that holds a path.
@@ -38,12 +41,12 @@ def write_run_card(
 ) -> None:
     """Writes README.md into the merged folder, about the run in `folder`."""
     logs = read_logs(folder)
-    trained_on, source = base_path(config.model), list_sources(config.data)
-    licence = base_licence(trained_on, config.model.revision)
-    model_id = hub_id(trained_on)
+    trained_on, sources = base_of(config.model), list_sources(config.data)
+    held_out = config.data.eval_source
+    licence = base_licence(trained_on)
     header = {
-        "base_model": model_id,
-        "datasets": [s.path for s in source if hub_id(s.path)] or None,
+        "base_model": hub_id(trained_on.name_or_path, trained_on.path),
+        "datasets": [s.path for s in sources if hub_id(s.path, s.location)] or None,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["dpo"],
@@ -54,11 +57,11 @@ def write_run_card(
         "name": logs.name,
         "weights": weights,
         "step": step,
-        "model": public_name(trained_on),
+        "model": public_name(trained_on.name_or_path, trained_on.path),
         "config": config,
         "licence": licence.get("license"),
-        "sources": [_dataset_name(s.path) for s in source],
-        "held_out_source": config.data.eval_path and _dataset_name(config.data.eval_path),
+        "sources": [_dataset_name(s) for s in sources],
+        "held_out_source": held_out and _dataset_name(held_out),
         "report": logs.data_report,
         "settings": _settings(config),
         "results": _results(logs, step),
@@ -72,16 +75,50 @@ def write_run_card(
     write_card(merged, {k: v for k, v in header.items() if v}, facts)
 
 
-def public_name(name: str) -> str:
+def hub_id(name: str, location: str) -> str | None:
+    """`name` where it is a hub id, None where it is a file or a folder of this machine.
+
+    A name that would be both is the folder, as it is for the loaders.
+    """
+    is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
+    return name if is_id and not Path(location).exists() else None
+
+
+def base_licence(base: ModelConfig) -> dict[str, str]:
+    """The licence fields of the base's own card; empty where it has none, or cannot be read."""
+    from httpx2 import HTTPError
+    from huggingface_hub import ModelCard, hf_hub_download
+
+    try:
+        file = Path(base.path) / "README.md"
+        if hub_id(base.name_or_path, base.path):
+            file = Path(hf_hub_download(base.path, "README.md", revision=base.revision))
+        data = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, HTTPError, ValueError):
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link") if key in data}
+
+
+def write_card(folder: Path, header: dict[str, Any], facts: dict[str, Any]) -> None:
+    """README.md: a YAML header that the hub reads, and the facts, in the words of the template."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = ModelCardData(**header)
+    card = ModelCard.from_template(data, template_path=str(CARD_TEMPLATE), **facts)
+    card.save(folder / "README.md")
+
+
+def public_name(name: str, location: str) -> str:
     """A hub id with its link; of a file or folder only the name: the rest is somebody's machine."""
-    if hub_id(name):
+    if hub_id(name, location):
         return f"[{name}](https://huggingface.co/{name})"
-    packaged = resolve(name) != name
+    packaged = location != name
     return f"`{name}` (packaged with dpo)" if packaged else f"`{Path(name).name}` (local)"
 
 
-def _dataset_name(name: str) -> str:
-    return public_name(name).replace("huggingface.co/", "huggingface.co/datasets/", 1)
+def _dataset_name(source: DataSource) -> str:
+    name = public_name(source.path, source.location)
+    return name.replace("huggingface.co/", "huggingface.co/datasets/", 1)
 
 
 def _settings(config: Config) -> list[tuple[str, str]]:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dpo.config import Config, parse
+from dpo.cli import parse
+from dpo.config import Config
 from dpo.data.loader import Pairs, PreferenceData, load_data
 from dpo.data.stream import TokenizedPair
 from dpo.errors import UserError
@@ -68,7 +69,7 @@ class FinishedRun:
     @cached_property
     def _before(self) -> Frozen | None:
         """Loaded again, for a run that trained every weight; an adapter is switched off instead."""
-        if hasattr(self.policy.model, "peft_config"):
+        if self.policy.is_adapted:
             return None
         return Frozen(load_policy(self.config, self.device).model, self.scorer.layout)
 

@@ -87,7 +87,7 @@ class Speakers:
             self.weights, config = path, Config(model=settings)
             self._tokenizer = load_tokenizer(settings)
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            model = load_base(settings, device, str(path)).eval()
+            model = load_base(settings, device).eval()
             self._models = {"policy": lambda: nullcontext(model)}
         self.sides = tuple(self._models) if side in (None, "both") else (side,)
         self._template = choose_template(self._tokenizer, config.data.chat_template)

@@ -29,7 +29,8 @@ from dpo.after.merge_error import (
     refuse_wrong,
     score,
 )
-from dpo.after.merged import cast, load_merge_base, merge_adapter, save_model, write_record
+from dpo.after.merged import cast, load_merge_base, merge_adapter, save_model
+from dpo.after.push import write_record
 from dpo.config import Config, ModelConfig
 from dpo.data.chat import choose_template, stop_ids
 from dpo.data.stream import TokenizedPair
@@ -200,7 +201,7 @@ def score_trained(folder: Path, weights: str, num_pairs: int) -> Trained:
     run = FinishedRun(folder, weights)
     pairs, pairs_are = run.some_pairs(num_pairs)
     model, budget, bare = run.policy.model, run.config.train.scoring_tokens, None
-    if hasattr(model, "peft_config"):
+    if run.policy.is_adapted:
         with model.disable_adapter():  # type: ignore[operator]
             bare = score(run.scorer, pairs, budget)
     return Trained(
@@ -267,7 +268,7 @@ def _load_saved(trained: Trained, folder: Path) -> PreTrainedModel:
         quantization="none",
         trust_remote_code=trained.config.model.trust_remote_code,
     )
-    return load_base(saved, trained.device, str(folder)).eval()
+    return load_base(saved, trained.device).eval()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -4,7 +4,6 @@ What is scored of an answer, exactly:
   * The scored span begins after the longest common token prefix of the rendered prompt and both
     rendered full texts. Comparing tokens of whole texts, instead of tokenising prompt and answer
     apart, is what makes a token that merges across the border come out as the model will see it.
-    (What they share is encoded once, cut where the tokenizer itself cuts: at a control token.)
   * It ends with exactly one turn end: the last control token of the rendered text. What a template
     writes after it (ChatML: a newline) is dropped. Without any, EOS is appended. The one exception
     is the EOS with which Phi's templates close a whole conversation, after the turn's own end.
@@ -21,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from dpo.data.audit import Audit, Limits, RowName
+from dpo.data.audit import Audit, RowName
+from dpo.data.encoding import Encoder
 from dpo.data.formats import IM_START, Message, Preference, RowError
+from dpo.data.limits import Limits
 from dpo.data.stream import TokenizedPair
 from dpo.errors import UserError
 
@@ -107,11 +108,6 @@ class ChatTokenizer:
                 "Set eos_token in its tokenizer_config.json."
             )
         self._eos = eos
-        # What the tokenizer puts before plain text by itself: BOS, or nothing.
-        with_special, bare = (self._encode(["a"], add_special_tokens=a)[0] for a in (True, False))
-        self._bos = with_special[: with_special.index(bare[0])]
-        self._bos_text = str(tokenizer.decode(self._bos))
-
         added = tokenizer.added_tokens_decoder.items()
         special = {i: token.content for i, token in added if token.special}
         # Some tokenizers do not mark turn markers as special: what the template writes counts too.
@@ -120,7 +116,12 @@ class ChatTokenizer:
         self._control_ids = special.keys() | spelt.keys() | set(tokenizer.all_special_ids)
         self._special = _any_of(special.values())
         self._control = _any_of((special | spelt).values())
-        self._dividers = [t.content for i, t in added if i in spelt and self._divides(t)]
+        self._encoder = Encoder(tokenizer, [t for i, t in added if i in spelt])
+        # What the tokenizer puts before plain text by itself: BOS, or nothing.
+        (bare,) = self._encoder.encode(["a"])
+        (whole,) = self._encoder.encode(["a"], add_special_tokens=True)
+        self._bos = whole[: whole.index(bare[0])]
+        self._bos_text = str(tokenizer.decode(self._bos))
         self._closes_with_eos = template is not None and self._is_closed_with_eos()
 
     def tokenize(
@@ -146,7 +147,7 @@ class ChatTokenizer:
                 rendered.append((row, preference, self._texts(preference)))
             except RowError as error:
                 self._audit.drop(error.reason, row)
-        ids = self._encode_rows([texts for _, _, texts in rendered])
+        ids = self._encoder.encode_rows([texts for _, _, texts in rendered])
         for (row, preference, texts), encoded in zip(rendered, ids, strict=True):
             notes: set[str] = set()
             try:
@@ -213,52 +214,6 @@ class ChatTokenizer:
         sanitised = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True}
         return self._render(preference, answer, **sanitised, **how)
 
-    def _encode(self, texts: Sequence[str], **how: Any) -> list[list[int]]:
-        if not texts:
-            return []
-        only_ids = {"return_attention_mask": False, "return_token_type_ids": False}
-        how = {"add_special_tokens": False, "verbose": False, **only_ids, **how}
-        return self._tokenizer(list(texts), **how)["input_ids"]  # type: ignore[return-value]
-
-    def _encode_rows(self, rows: Sequence[list[str]]) -> Iterator[list[list[int]]]:
-        """Token ids of each row's prompt and two whole texts, in one call of the (Rust) tokenizer.
-
-        It takes most of the time, so what the three have in common up to the prompt's last divider,
-        nearly all of the prompt, is encoded once.
-        """
-        pieces = []
-        for texts in rows:
-            cut = max((texts[0].rfind(token) for token in self._dividers), default=0)
-            if cut < 0 or not all(text.startswith(texts[0]) for text in texts):
-                cut = 0
-            pieces += [texts[0][:cut], *(text[cut:] for text in texts)]
-        ids = iter(self._encode_batch(pieces))
-        for opening, *rest in zip(ids, ids, ids, ids, strict=True):
-            yield [opening + its for its in rest]
-
-    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`_encode` for many texts: in Rust without offsets, which nobody asks for."""
-        tokenizer = self._tokenizer
-        if type(tokenizer)._encode_plus is not PreTrainedTokenizerFast._encode_plus:
-            return self._encode(texts)
-        self._encode([""])  # takes back what else the Rust side is set to: truncation, splitting
-        rust: Any = tokenizer.backend_tokenizer
-        return [e.ids for e in rust.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def _divides(self, token: AddedToken) -> bool:
-        """Whether the tokenizer cuts every text before this token, before it does anything else.
-
-        Then a text's ids are those of what stands before the token and of what begins with it. Not
-        so where another token may reach across, or what begins there looks at what stands before.
-        """
-        text, known = token.content, self._tokenizer.added_tokens_decoder.values()
-        reached = any(text[0] in other.content[1:] for other in known)
-        begin = [other for other in known if other.content.startswith(text)]
-        if token.normalized or reached or any(t.lstrip or t.single_word for t in begin):
-            return False
-        whole, before, after = self._encode([f"a{text} b", "a", f"{text} b"])
-        return self._tokenizer.is_fast is True and whole == before + after
-
     def _holds_control_token(self, preference: Preference, texts: Sequence[str]) -> bool:
         if preference.kind == "chatml":
             return False
@@ -270,7 +225,7 @@ class ChatTokenizer:
     def _neutralised(self, preference: Preference, texts: Sequence[str]) -> list[list[int]]:
         """The three token lists again, with control tokens in the row encoded as plain text."""
         if preference.kind == "text":
-            return self._encode(texts, split_special_tokens=True)
+            return self._encoder.encode(texts, split_special_tokens=True)
         answers = ([], preference.chosen, preference.rejected)
         return [self._render_ids(preference, answer) for answer in answers]
 

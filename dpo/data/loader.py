@@ -2,7 +2,7 @@
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate, islice
@@ -12,9 +12,11 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
-from dpo.config import Config, DataConfig, DataSource, resolve
-from dpo.data.audit import Audit
-from dpo.data.formats import RECOGNISED_ROWS, recognise
+from dpo.config import Config, DataConfig, DataSource
+from dpo.data.audit import Audit, RowName
+from dpo.data.chat import ChatTokenizer, choose_template
+from dpo.data.formats import RECOGNISED_ROWS, Preference, RowError, recognise, to_preference
+from dpo.data.limits import Limits
 from dpo.data.sources import Source, open_source
 from dpo.data.stream import TokenizedPair
 from dpo.data.tokens import TokenFile, tokenized
@@ -60,7 +62,7 @@ class Pairs(Sequence[TokenizedPair]):
         return np.arange(len(self)) if self._places is None else self._places
 
     @property
-    def sources(self) -> Int[np.ndarray, " pairs"]:
+    def source_of_each(self) -> Int[np.ndarray, " pairs"]:
         """Which source each pair is of."""
         return np.searchsorted(self._starts, self._all_places(), side="right") - 1
 
@@ -84,7 +86,7 @@ class Pairs(Sequence[TokenizedPair]):
         return digest.hexdigest()
 
     @property
-    def longest(self) -> int:
+    def longest_in_files(self) -> int:
         """Tokens that the longest pair of the sources adds to a stream, be it of these or not."""
         return max(file.longest for _, file in self._files)
 
@@ -119,24 +121,18 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreferenceD
     files, audit = [], Audit()
     for source in sources:
         name = source.path if len(sources) > 1 else ""
-        opened = open_source(
-            resolve(source.path), subset=data.subset, revision=data.revision, split=source.split
-        )
-        file, its_audit = tokenized(opened, choose_format(opened, source.format), data, tokenizer)
+        rows, format = open_rows(source, data.subset, data.revision)
+        file, its_audit = tokenized(rows, format, data, tokenizer)
         files.append((name, file))
         audit.absorb(its_audit, name)
     weights = [source.weight for source in sources]
     train, held_out = _split(Pairs(files), weights, data.eval_fraction, seed)
     report, summary = audit.report(), [f"data: {audit.summary()}"]
-    if data.eval_path:
+    if data.eval_source:
         same = data.eval_path == data.name_or_path  # other splits of one data set
-        opened = open_source(
-            resolve(data.eval_path),
-            subset=data.subset if same else None,
-            revision=data.revision if same else None,
-            split=data.eval_split,
-        )
-        file, eval_audit = tokenized(opened, choose_format(opened, data.format), data, tokenizer)
+        part = (data.subset, data.revision) if same else (None, None)
+        rows, format = open_rows(data.eval_source, *part)
+        file, eval_audit = tokenized(rows, format, data, tokenizer)
         held_out = Pairs([("", file)])
         report["held_out_source"] = eval_audit.report()
         summary.append(f"held out: {eval_audit.summary()}")
@@ -166,11 +162,35 @@ def list_sources(data: DataConfig) -> list[DataSource]:
     return data.name_or_path
 
 
-def choose_format(source: Source, format: str) -> str:
-    """The format of its rows, which `auto` recognises from the first of them."""
-    if format != "auto":
-        return format
-    return recognise([row.value for row in islice(source, RECOGNISED_ROWS)], source.name)
+def open_rows(source: DataSource, subset: str | None, revision: str | None) -> tuple[Source, str]:
+    """The source's rows and their format, which `auto` recognises from the first of them."""
+    rows = open_source(source.location, subset=subset, revision=revision, split=source.split)
+    if source.format != "auto":
+        return rows, source.format
+    return rows, recognise([row.value for row in islice(rows, RECOGNISED_ROWS)], rows.name)
+
+
+def first_pairs(
+    rows: Source,
+    format: str,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    audit: Audit,
+) -> Iterator[tuple[RowName, Preference, TokenizedPair]]:
+    """The first `count` rows as training would see them, each counted in the audit; no cache."""
+    template = choose_template(tokenizer, data.chat_template)
+    chat = ChatTokenizer(tokenizer, template, Limits.of(data), audit)
+    for number, value in islice(rows, count):
+        audit.rows_read += 1
+        try:
+            preference = to_preference(value, format, where=rows.where(number))
+        except RowError as error:
+            audit.drop(error.reason, number)
+            continue
+        for row, pair in chat.tokenize([(number, preference)]):
+            audit.pairs_kept += 1
+            yield row, preference, pair
 
 
 def _split(
@@ -181,7 +201,7 @@ def _split(
         return pairs, pairs.select(np.arange(0))  # every pair once: no list of a million places
     is_held_out = _is_held_out(pairs.prompt_digests(), fraction, seed)
     seen = [
-        _weighted(np.flatnonzero(~is_held_out & (pairs.sources == i)), weight, (seed, i))
+        _weighted(np.flatnonzero(~is_held_out & (pairs.source_of_each == i)), weight, (seed, i))
         for i, weight in enumerate(weights)
     ]
     return pairs.select(np.concatenate(seen)), pairs.select(np.flatnonzero(is_held_out))

@@ -1,16 +1,13 @@
 """The first rows as messages and as tokens, marked by what is scored: look before you train."""
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo.config import Config, resolve
+from dpo.config import Config
 from dpo.data.audit import Audit
-from dpo.data.chat import ChatTokenizer, Limits, choose_template
-from dpo.data.formats import Message, Preference, RowError, to_preference
-from dpo.data.loader import choose_format, list_sources
-from dpo.data.sources import open_source
+from dpo.data.formats import Message, Preference
+from dpo.data.loader import first_pairs, list_sources, open_rows
 from dpo.data.stream import TokenizedPair
 
 _DIM, _GREEN, _RED, _END = "\033[2m", "\033[32m", "\033[31m", "\033[0m"
@@ -20,26 +17,11 @@ def preview_rows(
     config: Config, tokenizer: PreTrainedTokenizerBase, count: int, *, colour: bool
 ) -> Iterator[str]:
     """The first `count` rows of the first source as training would see them, then the audit."""
-    data = config.data
-    source = list_sources(data)[0]
-    rows = open_source(
-        resolve(source.path), subset=data.subset, revision=data.revision, split=source.split
-    )
-    format = choose_format(rows, source.format)
-    audit = Audit()
-    limits = Limits(data.max_prompt_length, data.max_length, data.on_overlong)
-    chat = ChatTokenizer(tokenizer, choose_template(tokenizer, data.chat_template), limits, audit)
+    data, audit = config.data, Audit()
+    rows, format = open_rows(list_sources(data)[0], data.subset, data.revision)
     yield f"{rows.name}: format {format}"
-    for number, value in islice(rows, count):
-        audit.rows_read += 1
-        try:
-            preference = to_preference(value, format, where=rows.where(number))
-        except RowError as error:
-            audit.drop(error.reason, number)
-            continue
-        for row, pair in chat.tokenize([(number, preference)]):
-            audit.pairs_kept += 1
-            yield preview(row, preference, pair, tokenizer, colour=colour)
+    for row, preference, pair in first_pairs(rows, format, data, tokenizer, count, audit):
+        yield preview(row, preference, pair, tokenizer, colour=colour)
     yield audit.summary()
 
 

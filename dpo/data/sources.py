@@ -10,7 +10,6 @@ Left out on purpose: CSV (it has no lists) and data set scripts (they run code o
 
 import difflib
 import gzip
-import hashlib
 import json
 import re
 import zlib
@@ -20,7 +19,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from dpo.data.files import file_digests
+from dpo.data.files import digest, file_digests
 from dpo.errors import UserError
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
@@ -264,8 +263,7 @@ def _folder(
 
 def _digest_of_part(files: list[Path], subset: str | None, split: str) -> str:
     """The files hold every subset and split of the data set."""
-    part = (subset, split, file_digests(files))
-    return hashlib.sha256(repr(part).encode()).hexdigest()
+    return digest(subset, split, file_digests(files))
 
 
 def _parquet(name: str, path: Path) -> Source:

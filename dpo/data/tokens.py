@@ -29,8 +29,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.config import DataConfig
 from dpo.data.audit import Audit
-from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer, Limits, choose_template, require_chatml
+from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer, choose_template, require_chatml
+from dpo.data.files import digest, file_sums
 from dpo.data.formats import RowError, to_preference
+from dpo.data.limits import Limits
 from dpo.data.sources import Row, Source
 from dpo.data.workers import in_order, num_cores
 from dpo.errors import UserError
@@ -86,10 +88,10 @@ def tokenized(
         UserError: of the first row that cannot be read, or cannot be used as `data` is set.
     """
     template = choose_template(tokenizer, data.chat_template)
-    limits = Limits(data.max_prompt_length, data.max_length, data.on_overlong)
+    limits = Limits.of(data)
     if format == "chatml_dpo_pairs":
         require_chatml(tokenizer, f"{source.name}: the rows are ready-made ChatML")
-    depends_on = (
+    key = digest(
         _code_digest(),
         transformers.__version__,
         tokenizers.__version__,
@@ -99,8 +101,7 @@ def tokenized(
         template,
         _tokenizer_digest(tokenizer),
     )
-    key = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo_pairs" / key
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo_pairs" / key[:32]
     if not folder.exists():
         work = partial(
             _tokenize,
@@ -167,12 +168,12 @@ def _tokenize(
         raise broken
     audit.pairs_kept = len(made)
     rows = [{"row": row} | vars(pair) for row, _, pair in made]
-    prompts = np.array([_number(prompt) for _, prompt, _ in made], dtype=np.int64)
+    prompts = np.array([_prompt_digest(prompt) for _, prompt, _ in made], dtype=np.int64)
     longest = max((pair.num_stream_tokens for _, _, pair in made), default=0)
     return _Tokenized(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA), prompts, longest, audit)
 
 
-def _number(text: str) -> int:
+def _prompt_digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
 
 
@@ -191,7 +192,7 @@ def _write(folder: Path, source: Source, work: _Work) -> None:
 
 
 def _write_files(folder: Path, source: Source, work: _Work) -> None:
-    audit, digest, longest = Audit(), _TokenDigest(), 0
+    audit, ids, longest = Audit(), _TokenDigest(), 0
     left_over = pa.RecordBatch.from_pylist([], schema=_SCHEMA)
     progress = tqdm(
         total=len(source), desc=f"tokenising {source.name}", unit="row", leave=False, disable=None
@@ -206,7 +207,7 @@ def _write_files(folder: Path, source: Source, work: _Work) -> None:
         for made in results:
             audit.absorb(made.audit)
             longest = max(longest, made.longest)
-            digest.update(made.pairs)
+            ids.update(made.pairs)
             prompts.write(made.prompts.tobytes())
             pairs = pa.concat_batches([left_over, made.pairs])
             whole = len(pairs) // BLOCK_PAIRS * BLOCK_PAIRS
@@ -215,7 +216,7 @@ def _write_files(folder: Path, source: Source, work: _Work) -> None:
             progress.update(made.audit.rows_read)
             _refuse_differing(source, audit)
         writer.write_batch(left_over)
-    about = {"digest": digest.hexdigest(), "longest": longest, "audit": audit.report()}
+    about = {"digest": ids.hexdigest(), "longest": longest, "audit": audit.report()}
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
@@ -270,14 +271,10 @@ def _num_workers(num_rows: int) -> int:
 
 def _code_digest() -> str:
     """Of the code that decides the token ids: a changed rule must not find old tokens."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return digest(file_sums(Path(__file__).parent, "*.py"))
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+        return digest(file_sums(Path(folder), "*"))

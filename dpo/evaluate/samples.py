@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from dpo.errors import UserError
+from dpo.model.load import without_peft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +158,7 @@ def _ready(model: nn.Module) -> Iterator[Any]:
 
     Transformers fills what a request leaves open from the model's settings, penalties included.
     """
-    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    base: Any = without_peft(model)
     was_training, own_settings = model.training, base.generation_config
     model.eval()
     base.generation_config = GenerationConfig()

@@ -35,26 +35,26 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from dpo.data.stream import Segment, packed_to_device
 
 NAME = "dpo_two_segment"
-KEYWORD = "dpo_layout"  # how the layout travels: model(..., dpo_layout=...) -> layer -> attention
+KEYWORD = "dpo_segments"  # how they travel: model(..., dpo_segments=...) -> layer -> attention
 # What a call may carry that has no effect in training; anything else, unless None, is not honoured.
 _KNOWN = {"position_ids", "use_cache", "is_causal", "output_attentions", "cache_position"}
 _VARLEN_WIDTH = 256  # the widest head of the flash kernels
 _VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in torch 2.11
 
 
-class Layout:
+class Segments:
     """The segments of one stream, with what its layers share, and a record of its calls.
 
     The record is for `Scorer`'s probe: which attention modules were reached, and which asked for
     something that this attention does not do.
 
     Args:
-        segments: of the stream.
+        each: segment of the stream.
         device: where its tokens are.
     """
 
-    def __init__(self, segments: tuple[Segment, ...], device: torch.device):
-        self.segments, self.device = segments, device
+    def __init__(self, each: tuple[Segment, ...], device: torch.device):
+        self.each, self.device = each, device
         self.num_calls = 0
         self.not_honoured: set[str] = set()
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
@@ -62,7 +62,7 @@ class Layout:
     @property
     def lengths(self) -> list[int]:
         """Tokens of `shared and chosen` and of `rejected`, by turns: the whole stream in order."""
-        return [n for s in self.segments for n in (s.shared + s.chosen, s.rejected)]
+        return [n for s in self.each for n in (s.shared + s.chosen, s.rejected)]
 
     def mask(self, queries: int, keys: int, window: int | None) -> Bool[Tensor, "queries keys"]:
         """True where a query may look: bottom-right causal, at most `window` tokens back."""
@@ -80,7 +80,7 @@ class Layout:
         firsts: list[int] = []
         again: list[int] = []
         query_ends, key_ends = [0], [0]
-        for segment in self.segments:
+        for segment in self.each:
             own = range(segment.start, segment.start + segment.shared + segment.chosen)
             firsts += range(len(keys), len(keys) + len(own))
             keys += own
@@ -101,7 +101,7 @@ class Layout:
             *(ends.int() for ends in tensors[3:]),
             most_queries=max(self.lengths),
             most_keys=max(
-                segment.shared + max(segment.chosen, segment.rejected) for segment in self.segments
+                segment.shared + max(segment.chosen, segment.rejected) for segment in self.each
             ),
         )
 
@@ -138,12 +138,12 @@ def two_segment_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    dpo_layout: Layout,
+    dpo_segments: Segments,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of every pair in the stream: (1, tokens, heads, head width), and no weights."""
-    dpo_layout.num_calls += 1
-    dpo_layout.not_honoured |= {
+    dpo_segments.num_calls += 1
+    dpo_segments.not_honoured |= {
         name for name, given in others.items() if given is not None and name not in _KNOWN
     }
     window, width = sliding_window or None, value.shape[-1]
@@ -152,9 +152,9 @@ def two_segment_attention(
         # No fused CUDA kernel has such a width, and zeros change no score.
         query, key, value = (F.pad(s, (0, -s.shape[-1] % 8)) for s in (query, key, value))
     if dropout == 0 and serves_varlen(query, value):
-        out = _in_one_call(query, key, value, dpo_layout, scale, window)
+        out = _in_one_call(query, key, value, dpo_segments, scale, window)
     else:
-        out = _by_segment(query, key, value, dpo_layout, scale, window, dropout)
+        out = _by_segment(query, key, value, dpo_segments, scale, window, dropout)
     return out[..., :width], None
 
 
@@ -172,15 +172,14 @@ def _in_one_call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: Layout,
+    segments: Segments,
     scaling: float,
     window: int | None,
 ) -> Float[Tensor, "1 tokens heads width"]:
-    joined = layout.joined
+    joined = segments.joined
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    q = (
-        q.contiguous()
-    )  # the result is laid out alike: what is kept of it then serves the next layer
+    # The result is laid out alike: what is kept of it then serves the next layer.
+    q = q.contiguous()
     k, v = (_Repeat.apply(states, joined.keys, joined.firsts, joined.again) for states in (k, v))
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and not takes_grouped_heads(q.device):
@@ -251,7 +250,7 @@ def _by_segment(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: Layout,
+    segments: Segments,
     scaling: float,
     window: int | None,
     dropout: float,
@@ -260,7 +259,7 @@ def _by_segment(
         num_queries, num_keys = q.shape[2], k.shape[2]
         narrow = window if window and window < num_keys else None
         plain = num_queries == num_keys and narrow is None
-        mask = None if plain else layout.mask(num_queries, num_keys, narrow)
+        mask = None if plain else segments.mask(num_queries, num_keys, narrow)
         groups = q.shape[1] // k.shape[1]
         # Of the fused CUDA kernels only flash attention takes grouped heads: in half precision, on
         # new enough a GPU, and without a mask. Any other call would keep (heads, n, n) scores.
@@ -279,9 +278,9 @@ def _by_segment(
         )
 
     # All parts at once: the backward of a slice is as large as what it was cut from.
-    parts = [states.split(layout.lengths, dim=2) for states in (query, key, value)]
+    parts = [states.split(segments.lengths, dim=2) for states in (query, key, value)]
     outputs = []
-    for number, segment in enumerate(layout.segments):
+    for number, segment in enumerate(segments.each):
         (q, k, v), rejected = ([part[2 * number + i] for part in parts] for i in (0, 1))
         outputs.append(attend(q, k, v))
         if segment.rejected:
@@ -299,11 +298,11 @@ AttentionInterface.register(NAME, two_segment_attention)
 
 
 def use_two_segment_attention(backbone: PreTrainedModel) -> None:
-    """Makes every module of the backbone use it for calls that carry a layout, and only for those.
+    """Makes every module of the backbone use it for calls that carry segments, and only for those.
 
     Hooks rather than one switch around the forward: under gradient checkpointing a layer runs again
     in the backward, long after the forward has returned, and must then attend as it did before.
-    Generation carries no layout and keeps the model's own attention, which minds padding.
+    Generation carries none and keeps the model's own attention, which minds padding.
     """
     for module in backbone.modules():
         config = getattr(module, "config", None)

@@ -14,9 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dpo.config import ModelConfig, resolve
+from dpo.config import ModelConfig
 from dpo.data.files import file_digests
-from dpo.model.load import adapter_settings
+from dpo.model.load import base_of
 
 # What decides the numbers of a forward; configuration and code that comes with a model included.
 _SUFFIXES = (".safetensors", ".bin", ".py")
@@ -29,15 +29,11 @@ def weights_digest(model: ModelConfig) -> str:
 
     A model of the hub must have been loaded before: its files are looked up in the local cache.
     """
-    path = resolve(model.name_or_path)
-    adapter = adapter_settings(path)
-    folders = [_folder(path, model)]
-    if adapter:
-        folders.append(_folder(resolve(adapter["base_model_name_or_path"]), model))
+    base = base_of(model)
     files = [
         file
-        for folder in folders
-        for file in sorted(folder.iterdir())
+        for its in ([model] if base is model else [model, base])
+        for file in sorted(_folder(its).iterdir())
         if file.name in _CONFIGS or file.suffix in _SUFFIXES
     ]
     return _digest([[file.name for file in files], file_digests(files)])
@@ -57,12 +53,12 @@ def reference_digest(model: ModelConfig, *, layout: str, device_type: str) -> st
     )
 
 
-def _folder(path: str, model: ModelConfig) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
+def _folder(model: ModelConfig) -> Path:
+    if Path(model.path).is_dir():
+        return Path(model.path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(path, revision=model.revision, local_files_only=True))
+    return Path(snapshot_download(model.path, revision=model.revision, local_files_only=True))
 
 
 def _digest(parts: Any) -> str:

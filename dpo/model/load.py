@@ -8,7 +8,7 @@ embeddings to fp32, which costs memory; our head accumulates in fp32 whatever it
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dpo.config import Config, LoraConfig, ModelConfig, resolve
+from dpo.config import Config, LoraConfig, ModelConfig
 from dpo.errors import UserError
-from dpo.model.kernels import make_lean
+from dpo.model.lean import make_lean
 
 REFERENCE_ADAPTER = "reference"  # the frozen copy of an adapter that the policy starts from
 
@@ -47,22 +47,31 @@ class Policy:
     starts_from_adapter: bool = False
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def is_adapted(self) -> bool:
+        """An adapter trains, and not every weight."""
+        return is_adapted(self.model)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether PEFT wraps the model."""
+    return hasattr(model, "peft_config")
+
+
+def without_peft(model: nn.Module) -> PreTrainedModel:
+    """The model that PEFT wraps, or the model itself; its layers may hold adapters."""
+    return model.get_base_model() if is_adapted(model) else model  # type: ignore[operator,return-value]
+
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the model; of the base where an adapter's folder has none."""
-    path = resolve(model.name_or_path)
-    adapter = adapter_settings(path)
-    if adapter and not (Path(path) / "tokenizer_config.json").exists():
-        path = adapter["base_model_name_or_path"]
-    return _from_hub_or_disk(AutoTokenizer, path, model)
+    has_own = (Path(model.path) / "tokenizer_config.json").exists()
+    return _from_hub_or_disk(AutoTokenizer, model if has_own else base_of(model))
 
 
 def load_shape(model: ModelConfig) -> PreTrainedConfig:
     """config.json of the model; of the base that an adapter's folder names."""
-    path = resolve(model.name_or_path)
-    adapter = adapter_settings(path)
-    path = resolve(adapter["base_model_name_or_path"]) if adapter else path
-    return _from_hub_or_disk(AutoConfig, path, model)
+    return _from_hub_or_disk(AutoConfig, base_of(model))
 
 
 def load_policy(config: Config, device: torch.device | str, *, dequantized: bool = False) -> Policy:
@@ -77,20 +86,19 @@ def load_policy(config: Config, device: torch.device | str, *, dequantized: bool
         UserError: not found, weights missing, an adapter that PEFT cannot place, or one whose
             reference could not be restored.
     """
-    path = resolve(config.model.name_or_path)
-    adapter = adapter_settings(path)
-    if adapter and config.model.adapter == "none":
+    path = config.model.path
+    if adapter_settings(path) and config.model.adapter == "none":
         raise UserError(
             f"model.adapter: got none, but {path} is an adapter. Set model.adapter to lora, or "
             "merge it first and name the merged model."
         )
-    base = load_base(config.model, device, adapter["base_model_name_or_path"] if adapter else path)
+    base = load_base(base_of(config.model), device)
     return build_policy(dequantize(base) if dequantized else base, config)
 
 
 def build_policy(base: PreTrainedModel, config: Config) -> Policy:
     """Chooses what trains and adds or loads the adapter; the base may have no numbers (meta)."""
-    path = resolve(config.model.name_or_path)
+    path = config.model.path
     adapter = adapter_settings(path)
     policy = Policy(base)
     policy.notes += [f"set to 0 in both passes: {name}" for name in zero_dropouts(base)]
@@ -153,8 +161,14 @@ def compile_layers(base: PreTrainedModel, device: torch.device) -> None:
             module.compile(dynamic=True)
 
 
-def load_base(model: ModelConfig, device: torch.device | str, path: str) -> PreTrainedModel:
-    """The base model, quantised as configured, in train mode; every weight must be in the files."""
+def base_of(model: ModelConfig) -> ModelConfig:
+    """The model itself, or the base that an adapter's folder names."""
+    adapter = adapter_settings(model.path)
+    return replace(model, name_or_path=adapter["base_model_name_or_path"]) if adapter else model
+
+
+def load_base(model: ModelConfig, device: torch.device | str) -> PreTrainedModel:
+    """A whole model, quantised as configured, in train mode; every weight must be in the files."""
     options: dict[str, Any] = {"dtype": "auto" if model.dtype == "auto" else model.dtype}
     if model.quantization in ("nf4", "fp4"):
         compute = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
@@ -168,7 +182,6 @@ def load_base(model: ModelConfig, device: torch.device | str, path: str) -> PreT
     transformers_logging.disable_progress_bar()
     base, info = _from_hub_or_disk(
         AutoModelForCausalLM,
-        resolve(path),
         model,
         device_map={"": str(device)},
         output_loading_info=True,
@@ -176,9 +189,9 @@ def load_base(model: ModelConfig, device: torch.device | str, path: str) -> PreT
     )
     if info["missing_keys"]:
         raise UserError(
-            f"model.name_or_path: {path} lacks {len(info['missing_keys'])} weights, among them "
-            f"{', '.join(sorted(info['missing_keys'])[:5])}: they would be random. Take a whole "
-            "checkpoint."
+            f"model.name_or_path: {model.path} lacks {len(info['missing_keys'])} weights, among "
+            f"them {', '.join(sorted(info['missing_keys'])[:5])}: they would be random. Take a "
+            "whole checkpoint."
         )
     keep_4bit_trainable(base)
     return base.train()
@@ -195,7 +208,7 @@ def dequantize(base: PreTrainedModel) -> PreTrainedModel:
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Puts the trained weights of a checkpoint, of `best/` or of `final/` into the policy."""
-    if hasattr(model, "peft_config"):
+    if is_adapted(model):
         import peft
 
         weights = load_file(folder / "adapter_model.safetensors")
@@ -205,9 +218,8 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected
-    assert all("lm_head" in name for name in missing), (
-        missing
-    )  # tied to the embeddings, stored once
+    # A head that is tied to the embeddings is stored once.
+    assert all("lm_head" in name for name in missing), missing
 
 
 def keep_4bit_trainable(model: nn.Module) -> None:
@@ -300,15 +312,14 @@ def adapter_settings(path: str) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def _from_hub_or_disk(loader: Any, path: str, model: ModelConfig, **options: Any) -> Any:
+def _from_hub_or_disk(loader: Any, model: ModelConfig, **options: Any) -> Any:
+    remote = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        return loader.from_pretrained(
-            path, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
-        )
+        return loader.from_pretrained(model.path, **remote, **options)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.name_or_path: got {path!r}, which is neither a model folder nor to be had from "
-            f"the hub ({type(error).__name__}: {first_line}). Check the name, model.revision, the "
-            "network, and your access to it."
+            f"model.name_or_path: got {model.path!r}, which is neither a model folder nor to be "
+            f"had from the hub ({type(error).__name__}: {first_line}). Check the name, "
+            "model.revision, the network, and your access to it."
         ) from error

@@ -196,7 +196,7 @@ def choose_mode(mode: str, policy: Policy) -> str:
     """What `reference.mode: auto` means for this policy."""
     if mode != "auto":
         return mode
-    return "adapter" if hasattr(policy.model, "peft_config") else "frozen"
+    return "adapter" if policy.is_adapted else "frozen"
 
 
 def open_cache(setting: str, digest: str) -> LogpCache:

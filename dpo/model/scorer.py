@@ -10,7 +10,7 @@ layers, soft-capped attention, attention sinks, multi-axis positions): every ans
 its own, prompt included, padded on the right, through the model's own attention.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -20,11 +20,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from dpo.data.stream import Stream, build_stream, to_device
 from dpo.errors import UserError
 from dpo.logps import TILE_BYTES, token_logps
-from dpo.model.attention import KEYWORD, Layout, use_two_segment_attention
-from dpo.model.load import keep_4bit_trainable
+from dpo.model.attention import KEYWORD, Segments, use_two_segment_attention
+from dpo.model.load import keep_4bit_trainable, without_peft
 
 # Two answers of unlike length that share an opening; small ids, which every vocabulary has.
 _PROBE = ([1, 2, 3, 4], [5, 6, 7], [5, 7, 6, 8, 9])
+
+
+class _Parts(NamedTuple):
+    causal_lm: PreTrainedModel
+    backbone: nn.Module
+    head: nn.Linear
 
 
 class Scorer(nn.Module):
@@ -54,15 +60,14 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
         self.tile_bytes = TILE_BYTES
-        self._last: Layout | None = None
+        self._last: Segments | None = None
         keep_4bit_trainable(model)
-        causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-        assert isinstance(causal_lm, PreTrainedModel)
+        causal_lm = without_peft(model)
         backbone = causal_lm.base_model
         if backbone is causal_lm:  # Llama 4 names another prefix than the attribute it uses
             backbone = causal_lm.model  # type: ignore[assignment]
         # Kept out of the module tree (a tuple hides them), or every weight would be listed twice.
-        self._parts = (causal_lm, backbone, _plain_head(causal_lm))
+        self._parts = _Parts(causal_lm, backbone, _plain_head(causal_lm))
         self._logit_scale, self._softcap = _logit_transform(causal_lm.config.get_text_config())
         self._no_split_modules = causal_lm._no_split_modules  # read by FSDP's wrapping policy
 
@@ -86,12 +91,12 @@ class Scorer(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The model without PEFT's wrapper; its layers may hold adapters."""
-        return self._parts[0]
+        return self._parts.causal_lm
 
     @property
     def device(self) -> torch.device:
         """Where the embeddings lie, and so where a stream must be."""
-        return self._parts[0].get_input_embeddings().weight.device  # type: ignore[union-attr]
+        return self.causal_lm.get_input_embeddings().weight.device  # type: ignore[union-attr]
 
     def forward(self, stream: Stream) -> Float[Tensor, " scored"]:
         """Log-prob of every target, (scored,) nats, fp32.
@@ -103,7 +108,7 @@ class Scorer(nn.Module):
             lonely = build_stream([([0], [0], [0])]).to(stream.input_ids.device)
             return self(lonely)[:0]
         states = self._shared_states if self.layout == "shared" else self._padded_states
-        head = self._parts[2]
+        head = self._parts.head
         return token_logps(
             states(stream).to(head.weight.dtype),
             head.weight,
@@ -115,28 +120,30 @@ class Scorer(nn.Module):
         )
 
     def _shared_states(self, stream: Stream) -> Float[Tensor, "scored hidden"]:
-        return self._backbone_states(stream, self._layout(stream))[stream.predictors]
+        return self._backbone_states(stream, self._segments(stream))[stream.predictors]
 
-    def _layout(self, stream: Stream) -> Layout:
+    def _segments(self, stream: Stream) -> Segments:
         """Made once for the policy and its reference, which see a stream one after the other."""
         last, device = self._last, stream.input_ids.device
-        if last is None or last.segments is not stream.segments or last.device != device:
-            last = self._last = Layout(stream.segments, device)
+        if last is None or last.each is not stream.segments or last.device != device:
+            last = self._last = Segments(stream.segments, device)
         return last
 
-    def _backbone_states(self, stream: Stream, layout: Layout) -> Float[Tensor, "tokens hidden"]:
-        output = self._parts[1](
+    def _backbone_states(
+        self, stream: Stream, segments: Segments
+    ) -> Float[Tensor, "tokens hidden"]:
+        output = self._parts.backbone(
             input_ids=stream.input_ids[None],
             position_ids=stream.position_ids[None],
             use_cache=False,
-            **{KEYWORD: layout},
+            **{KEYWORD: segments},
         )
         return output.last_hidden_state[0]
 
     def _padded_states(self, stream: Stream) -> Float[Tensor, "scored hidden"]:
         # No mask: padding stands on the right, where nothing that is causal looks.
         rows = stream.input_ids[_padded_rows(stream)]
-        output = self._parts[1](input_ids=rows, use_cache=False)
+        output = self._parts.backbone(input_ids=rows, use_cache=False)
         return output.last_hidden_state[stream.sequence_ids, stream.position_ids[stream.predictors]]
 
     def obstacle_to_sharing(self) -> str:
@@ -151,19 +158,19 @@ class Scorer(nn.Module):
             return "its positions have several axes"
         use_two_segment_attention(backbone)  # type: ignore[arg-type]
         stream = build_stream([_PROBE]).to(self.device)
-        layout = self._layout(stream)
+        segments = self._segments(stream)
         try:
             with torch.no_grad():
-                self._backbone_states(stream, layout)
+                self._backbone_states(stream, segments)
         except Exception as error:  # any model's code may fail in any way on what it does not know
             return f"its forward refuses the layout ({type(error).__name__}: {error})"
-        if layout.num_calls != config.num_hidden_layers:
+        if segments.num_calls != config.num_hidden_layers:
             return (
-                f"the layout reached {layout.num_calls} attention calls in "
+                f"the layout reached {segments.num_calls} attention calls in "
                 f"{config.num_hidden_layers} layers"
             )
-        if layout.not_honoured:
-            return f"its attention uses {', '.join(sorted(layout.not_honoured))}"
+        if segments.not_honoured:
+            return f"its attention uses {', '.join(sorted(segments.not_honoured))}"
         return ""
 
     @torch.no_grad()

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo.config import Config
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
-from dpo.model.load import Policy, build_policy, load_shape
+from dpo.model.load import Policy, build_policy, load_shape, without_peft
 from dpo.model.reference import adapter_off
 from dpo.model.scorer import Scorer
 from dpo.plan.memory import PeakBytes
@@ -46,10 +46,9 @@ class FakePolicy:
                 self._score_both(build_stream([([0], [0], [0])]))  # what is made once, is there now
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> PreTrainedModel:
         """The model without PEFT's wrapper; its layers may hold adapters."""
-        model: Any = self.policy.model
-        return model.get_base_model() if hasattr(model, "peft_config") else model
+        return without_peft(self.policy.model)
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -100,7 +99,7 @@ class FakePolicy:
         """Under the policy; then, for what it takes, under the reference."""
         logps = self.scorer(stream)
         with torch.no_grad():
-            if hasattr(self.policy.model, "peft_config"):
+            if self.policy.is_adapted:
                 with adapter_off(self.policy):
                     self.scorer(stream)
             else:  # a frozen copy does the same
@@ -109,7 +108,7 @@ class FakePolicy:
 
     def _quantised_layers(self) -> Iterator[nn.Linear]:
         """The linear layers that bitsandbytes takes: all but the head and the adapters."""
-        head = self.base.get_output_embeddings()  # type: ignore[operator]
+        head = self.base.get_output_embeddings()
         for name, module in self.base.named_modules():
             if module is head or "lora_" in name or self._quantization == "none":
                 continue

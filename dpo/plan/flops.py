@@ -11,17 +11,17 @@ model needs no gradient to its embeddings.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from dpo.data.stream import Segment
-from dpo.model.load import REFERENCE_ADAPTER
+from dpo.model.load import REFERENCE_ADAPTER, is_adapted, without_peft
 
 FLASH_BACKWARD = 2.5  # of the forward: 5 products for 2 (Dao 2023, arXiv:2307.08691, section 3.1)
 
@@ -58,15 +58,6 @@ def work(
         (s.shared + s.chosen) ** 2 / 2 + s.rejected * s.shared + s.rejected**2 / 2 for s in segments
     )
     return Work(sum(s.end - s.start for s in segments), scores, num_scored)
-
-
-def segments_of(lengths: Iterable[Sequence[int]]) -> list[Segment]:
-    """Segments of pairs of (prompt, chosen, rejected) tokens whose answers do not open alike."""
-    segments: list[Segment] = []
-    for prompt, chosen, rejected in lengths:
-        start = segments[-1].end if segments else 0
-        segments.append(Segment(start, prompt, chosen - 1, rejected - 1))
-    return segments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,27 +133,10 @@ class Costs:
             reference=reference if live_reference else 0.0,
         )
 
-    def floor(
-        self, prompt: int, chosen: int, rejected: int, *, live_reference: bool = True
-    ) -> float:
-        """The least that a pair costs whose answers do not open alike, without an adapter's own.
-
-        Every token once, no checkpointing; only gradients of activations, as LoRA needs them.
-        """
-        scores = (prompt + chosen) ** 2 / 2 + rejected * prompt + rejected**2 / 2
-        reference = int(live_reference)
-        return (
-            self.linear * (prompt + chosen + rejected - 2) * (2 + reference)
-            + self.attention * scores * (1 + FLASH_BACKWARD + reference)
-            + self.head * (chosen + rejected) * (2 + reference)
-        )
-
 
 def costs(model: nn.Module) -> Costs:
     """The costs of a causal LM, or of a PEFT model around one, as its weights are set to train."""
-    is_adapted = hasattr(model, "peft_config")
-    causal_lm = model.get_base_model() if is_adapted else model  # type: ignore[operator]
-    assert isinstance(causal_lm, PreTrainedModel)
+    has_adapter, causal_lm = is_adapted(model), without_peft(model)
     config = causal_lm.config.get_text_config()
     head = causal_lm.get_output_embeddings()
     layers = [m for m in causal_lm.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -181,12 +155,12 @@ def costs(model: nn.Module) -> Costs:
         adapter=adapter,
         attention=2.0 * _attention_width(config) * _attention_layers(config),
         head=2.0 * head.weight.numel(),  # type: ignore[union-attr,operator]
-        trains_base=not is_adapted,
+        trains_base=not has_adapter,
         checkpointed=len(checkpointed) / max(1, len(layers)),
         # A recomputation ends with the last input that is missing. That is the last product's,
         # where it trains, and its output is not needed; under LoRA the adapter's follow.
-        not_recomputed=0.0 if is_adapted else sum(map(_last_linear, checkpointed), 0.0),
-        adapter_in_reference=is_adapted and REFERENCE_ADAPTER in model.peft_config,  # type: ignore[operator]
+        not_recomputed=0.0 if has_adapter else sum(map(_last_linear, checkpointed), 0.0),
+        adapter_in_reference=has_adapter and REFERENCE_ADAPTER in model.peft_config,  # type: ignore[operator]
     )
 
 

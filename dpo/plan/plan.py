@@ -10,17 +10,13 @@ Left out on purpose: answers sampled at an evaluation, loading and tokenising, m
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 
-from dpo.config import Config, resolve
-from dpo.data.audit import Audit, Limits
-from dpo.data.chat import ChatTokenizer, choose_template
-from dpo.data.formats import RowError, to_preference
-from dpo.data.loader import choose_format, list_sources
+from dpo.config import Config
+from dpo.data.audit import Audit
+from dpo.data.loader import first_pairs, list_sources, open_rows
 from dpo.data.order import Order, micro_batches
-from dpo.data.sources import open_source
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
 from dpo.model.load import load_tokenizer
@@ -105,29 +101,17 @@ def first_rows(config: Config) -> Sample:
         UserError: a source or the tokenizer cannot be read, or none of the rows is usable.
     """
     data, audit = config.data, Audit()
-    limits = Limits(data.max_prompt_length, data.max_length, data.on_overlong)
     pairs: list[TokenizedPair] = []
     num_rows = 0.0
     try:
         tokenizer = load_tokenizer(config.model)
-        chat = ChatTokenizer(
-            tokenizer, choose_template(tokenizer, data.chat_template), limits, audit
-        )
         sources = list_sources(data)
         for source in sources:
-            rows = open_source(
-                resolve(source.path), subset=data.subset, revision=data.revision, split=source.split
-            )
-            format = choose_format(rows, source.format)
+            rows, format = open_rows(source, data.subset, data.revision)
             num_rows += len(rows) * source.weight
-            for number, value in islice(rows, SAMPLE_ROWS // len(sources) or 1):
-                audit.rows_read += 1
-                try:
-                    preference = to_preference(value, format, where=rows.where(number))
-                except RowError as error:
-                    audit.drop(error.reason, number)
-                    continue
-                pairs += [pair for _, pair in chat.tokenize([(number, preference)])]
+            count = SAMPLE_ROWS // len(sources) or 1
+            first = first_pairs(rows, format, data, tokenizer, count, audit)
+            pairs += [pair for _, _, pair in first]
     except UserError as error:
         raise UserError(f"{error} Or give mean lengths: --lengths 250,200,200.") from None
     if not pairs:
@@ -180,7 +164,7 @@ def disk_parts(config: Config, fake: FakePolicy, sample: Sample, order: Order) -
         "final/": weights,
         f"{pairs} tokenised pairs": round(pairs * (4 * sample.mean(ids) + PAIR_BYTES)),
         "reference cache": round(pairs * (4 * sample.mean(scored) + PAIR_BYTES)),
-        "merged model, if you merge": fake.num_base_weights() * fake.base.dtype.itemsize,  # type: ignore[operator,union-attr]
+        "merged model, if you merge": fake.num_base_weights() * fake.base.dtype.itemsize,
     }
     if config.reference.mode == "zero" or config.reference.cache == "off":
         del parts["reference cache"]

@@ -24,7 +24,7 @@ from torch import nn
 from dpo.config import Config
 from dpo.data.files import file_sums
 from dpo.errors import UserError
-from dpo.model.load import load_weights
+from dpo.model.load import is_adapted, load_weights
 
 # May differ between a run and its continuation: they do not change what is computed.
 _FREE_KEYS = (
@@ -209,7 +209,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     Raises:
         RuntimeError: what lies on the disk is not what was trained.
     """
-    if hasattr(model, "peft_config"):
+    if is_adapted(model):
         import peft
 
         model.save_pretrained(  # type: ignore[operator]

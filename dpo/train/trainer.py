@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dpo.config import BEST_METRICS, Config, save
+from dpo.cli import save
+from dpo.config import BEST_METRICS, Config
 from dpo.data.loader import load_data
 from dpo.data.order import Order, is_due
 from dpo.evaluate.diagnostics import Watch
@@ -106,7 +107,9 @@ class Run:
         self.means = RunningMeans(device)
         if state and accelerator.is_main_process:
             self.means.load(state["sums"])
-        budget = token_budget(config, accelerator, models, probe, data.train.longest, state)
+        budget = token_budget(
+            config, accelerator, models, probe, data.train.longest_in_files, state
+        )
 
         # Only now, when nothing can be wrong with the configuration any more, is anything written.
         watch = Watch(config.loss.beta if models.reference.mode != "zero" else None)

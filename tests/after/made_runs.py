@@ -6,7 +6,7 @@ from dataclasses import asdict
 import torch
 import yaml
 
-from dpo.config import parse
+from dpo.cli import parse
 from dpo.model.load import load_policy, load_tokenizer
 from dpo.train.checkpoint import save_weights
 from tests.train.runs import QUIET, rows_file

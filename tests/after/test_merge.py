@@ -19,11 +19,11 @@ import dpo.after.merge as merging
 from dpo.after.card import write_run_card
 from dpo.after.merge import build_merged, merge_run
 from dpo.after.merge_error import MergeError, Scores, allowed, measure, refuse_wrong
-from dpo.after.merged import RECORD, verified_files
-from dpo.config import DataSource, resolve
+from dpo.after.push import RECORD, verified_files
+from dpo.config import DataSource
 from dpo.errors import UserError
 from tests.after.made_runs import made_run
-from tests.models import tiny
+from tests.models import QUICKSTART_MODEL, tiny
 
 AUTO = {"weights": "final", "base": "auto", "dtype": "auto"}
 
@@ -370,7 +370,7 @@ def test_a_merge_takes_the_memory_of_one_model(tmp_path):
     model = tiny("llama", **size, num_attention_heads=8, num_key_value_heads=8, vocab_size=800)
     model.save_pretrained(tmp_path / "model")
     num_bytes = 4 * model.num_parameters()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(resolve("quickstart/model"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(QUICKSTART_MODEL)
     tokenizer.save_pretrained(tmp_path / "model")
     del model
     flags = ["--model.name_or_path", tmp_path / "model", "--model.quantization", "nf4"]

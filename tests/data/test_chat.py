@@ -1,14 +1,12 @@
 """What is scored of an answer, token by token, under the templates of well-known families."""
 
-import copy
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
-from transformers import AddedToken
 
-from dpo.data.audit import MAX_ROWS_NAMED, Audit, Limits, Tally
+from dpo.data.audit import Audit
 from dpo.data.chat import (
     CHATML,
     TEMPLATE_DIFFERS,
@@ -17,100 +15,14 @@ from dpo.data.chat import (
     require_chatml,
     stop_ids,
 )
-from dpo.data.formats import Preference
+from dpo.data.limits import Limits
 from dpo.errors import UserError
+from tests.data.rows import ROOM, Run, assistant, chatml, messages, system, text, tool, user
 from tests.data.tokenizers import BASE, DEEPSEEK_R1, FAMILIES, GPT_2, Family, build
 
-ROOM = Limits(1000, 2000, "truncate")
 NEUTRALISED = "control token in text, neutralised"
 MERGED = "border token merged"
 CONTEXT = "turns render differently in context"
-
-
-def system(content):
-    return {"role": "system", "content": content}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
-
-def tool(content):
-    return {"role": "tool", "content": content}
-
-
-def as_turns(answer):
-    return answer if isinstance(answer, list) else [assistant(answer)]
-
-
-def messages(prompt="Name a river.", chosen="The Rhine.", rejected="Paris.", tools=None):
-    prompt = prompt if isinstance(prompt, list) else [user(prompt)]
-    return Preference(
-        kind="messages",
-        prompt=prompt,
-        chosen=as_turns(chosen),
-        rejected=as_turns(rejected),
-        tools=tools,
-    )
-
-
-def text(prompt="Once", chosen=" upon", rejected=" more"):
-    return Preference(kind="text", prompt=prompt, chosen=chosen, rejected=rejected)
-
-
-def chatml(chosen, rejected="Paris.<|im_end|>\n"):
-    prompt = "<|im_start|>user\nName a river.<|im_end|>\n<|im_start|>assistant\n"
-    return Preference(kind="chatml", prompt=prompt, chosen=chosen, rejected=rejected)
-
-
-class Run:
-    """Tokenises preferences as rows 1, 2, ...; shows what came of them."""
-
-    def __init__(self, family, *preferences, limits=ROOM, choice="auto", pad=None):
-        self.tokenizer = build(family, pad=pad)
-        self.audit = Audit()
-        template = choose_template(self.tokenizer, choice)
-        chat = ChatTokenizer(self.tokenizer, template, limits, self.audit)
-        rows = list(enumerate(preferences, start=1))
-        self.kept = dict(chat.tokenize(rows))
-
-    @property
-    def pair(self):
-        assert not self.audit.dropped
-        (pair,) = self.kept.values()
-        return pair
-
-    @property
-    def texts(self):
-        pair = self.pair
-        return [*map(self.tokenizer.decode, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))]
-
-    @property
-    def scored(self):
-        """The scored stretches of the chosen answer, as text."""
-        stretches, previous = [], False
-        for token, marked in zip(self.pair.chosen_ids, self.pair.chosen_scored, strict=True):
-            if marked and not previous:
-                stretches.append([])
-            if marked:
-                stretches[-1].append(token)
-            previous = marked
-        return [self.tokenizer.decode(stretch) for stretch in stretches]
-
-    @property
-    def dropped(self):
-        return {reason: tally.rows for reason, tally in self.audit.dropped.items()}
-
-    @property
-    def noted(self):
-        return {reason: tally.rows for reason, tally in self.audit.noted.items()}
-
-    def count(self, token, side="chosen_ids"):
-        return list(getattr(self.pair, side)).count(self.tokenizer.convert_tokens_to_ids(token))
 
 
 @pytest.fixture(params=FAMILIES)
@@ -555,216 +467,8 @@ def test_the_border_is_the_longest_common_prefix_and_nothing_is_lost(prompt, cho
         assert any(ids[border : border + 1] != alone[border : border + 1] for ids in whole)
 
 
-# What prompt and answers have in common is encoded once
-
-
-def encoded(tokenizer, template, texts, dividers=None):
-    """Token ids as they are made, and those of the whole texts."""
-    chat = ChatTokenizer(tokenizer, template, ROOM, Audit())
-    if dividers is not None:
-        chat._dividers = dividers
-    (ids,) = chat._encode_rows([texts])
-    return ids, chat._encode(texts)
-
-
-MARKERS = ("<|im_start|>", "<|im_end|>")
-FRAGMENTS = (
-    *MARKERS,
-    *"<|im_ start|> < | > <turn> </turn> <|end|> <s> </s> <think> <end_of_turn>".split(),
-    *"the a : ▁ é".split(),
-    *(" ", "  ", "\n", "\n\n"),
-)
-PIECES = st.lists(st.sampled_from(FRAGMENTS)).map("".join)
-
-
-@pytest.fixture(scope="module")
-def marked_sentencepiece(sentencepiece):
-    tokenizer = copy.deepcopy(sentencepiece)
-    markers = [AddedToken(marker, special=True, normalized=False) for marker in MARKERS]
-    tokenizer.add_tokens(markers, special_tokens=True)
-    return tokenizer
-
-
-@given(prompt=PIECES, chosen=PIECES, rejected=PIECES)
-@settings(deadline=None, max_examples=50)
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_ids_are_those_of_the_whole_texts_wherever_control_tokens_stand(
-    family, prompt, chosen, rejected
-):
-    texts = [prompt, prompt + chosen, prompt + rejected]
-    ids, whole = encoded(build(family), family.template, texts)
-    assert ids == whole
-
-
-@given(prompt=PIECES, chosen=PIECES, rejected=PIECES)
-@settings(deadline=None)
-def test_ids_are_those_of_the_whole_texts_under_sentencepiece(
-    marked_sentencepiece, prompt, chosen, rejected
-):
-    """Its first word has a space before it that no other has."""
-    texts = [prompt, prompt + chosen, prompt + rejected]
-    ids, whole = encoded(marked_sentencepiece, CHATML, texts)
-    assert ids == whole
-    chat = ChatTokenizer(marked_sentencepiece, CHATML, ROOM, Audit())
-    assert chat._dividers == [*MARKERS]
-
-
-def test_the_prompt_of_a_chat_goes_through_the_tokenizer_once(monkeypatch):
-    seen, encode = [], ChatTokenizer._encode_batch
-
-    def noted(self, texts):
-        seen.extend(texts)
-        return encode(self, texts)
-
-    monkeypatch.setattr(ChatTokenizer, "_encode_batch", noted)
-    chat = ChatTokenizer(build(FAMILIES["chatml"]), CHATML, ROOM, Audit())
-    assert len(list(chat.tokenize([(1, messages("the question"))]))) == 1
-    assert seen == [
-        "<|im_start|>user\nthe question<|im_end|>\n",
-        "<|im_start|>assistant\n",
-        "<|im_start|>assistant\nThe Rhine.<|im_end|>\n",
-        "<|im_start|>assistant\nParis.<|im_end|>\n",
-    ]
-
-
-def test_ids_do_not_depend_on_what_the_tokenizer_was_used_for_before():
-    """It comes with a truncation, and has just spelt a control token out."""
-    tokenizer = build(FAMILIES["chatml"])
-    expected = tokenizer("<|im_start|>user")["input_ids"]
-    chat = ChatTokenizer(tokenizer, CHATML, ROOM, Audit())
-    tokenizer.backend_tokenizer.enable_truncation(2)
-    spelt_out = chat._encode(["<|im_start|>"], split_special_tokens=True)
-    assert len(spelt_out[0]) > 2
-    tokenizer.backend_tokenizer.enable_truncation(2)
-    assert chat._encode_batch(["<|im_start|>user"]) == [expected]
-    assert len(expected) == 5
-    backend = tokenizer.backend_tokenizer  # without being set back it would give other ids
-    backend.encode_special_tokens = True
-    assert backend.encode_batch_fast(["<|im_start|>user"])[0].ids != expected
-
-
-def test_a_tokenizer_with_an_encoding_of_its_own_is_asked_for_it():
-    class Upper(type(build(BASE))):
-        def _encode_plus(self, text, *args, **kwargs):
-            return super()._encode_plus([t.upper() for t in text], *args, **kwargs)
-
-    tokenizer = build(BASE)
-    expected = tokenizer("THE", add_special_tokens=False)["input_ids"]
-    tokenizer.__class__ = Upper
-    chat = ChatTokenizer(tokenizer, None, ROOM, Audit())
-    assert chat._encode_batch(["the"]) == [expected]
-
-
-@pytest.mark.parametrize(
-    ("other", "prompt"),
-    [
-        (AddedToken("x<|e", normalized=False), "x<|end|>"),
-        (AddedToken("<|end|>!", normalized=False, single_word=True), "x<|end|>!"),
-        (AddedToken("<|end|>", normalized=False, lstrip=True), "x <|end|>"),
-    ],
-    ids=["reached across", "a longer one looks back", "takes the space before it"],
-)
-def test_a_control_token_that_does_not_part_the_text_is_no_divider(other, prompt):
-    tokenizer = build(Family(template="<|end|>", special=("</s>",), eos="</s>"))
-    tokenizer.add_tokens([AddedToken("<|end|>", normalized=False), other])
-    texts = [prompt, prompt + "a", prompt + "!"]
-    ids, whole = encoded(tokenizer, "<|end|>", texts)
-    assert ids == whole
-    ids, whole = encoded(tokenizer, "<|end|>", texts, ["<|end|>"])
-    assert ids != whole
-
-
 def test_tokenising_prompt_and_answer_apart_would_give_other_tokens():
     """Negative control for the property above."""
     apart = _base("x:")["input_ids"] + _base(" a", add_special_tokens=False)["input_ids"]
     assert apart != _base("x: a")["input_ids"]
     assert _base.decode(apart) == _base.decode(_base("x: a")["input_ids"])
-
-
-# Lengths
-
-
-def test_a_long_prompt_loses_its_beginning_and_a_long_answer_its_end():
-    """`<s>012345` is 7 tokens, 4 may stay; 6 in all leave 2 for an answer."""
-    row = text("012345", "6789", "x")
-    run = Run(BASE, row, limits=Limits(4, 6, "truncate"))
-    assert run.texts == ["2345", "67", "x</s>"]
-    assert {what: tally.rows for what, tally in run.audit.cut.items()} == {
-        "prompt": [1],
-        "chosen": [1],
-    }
-
-
-def test_a_short_prompt_leaves_its_room_to_the_answer():
-    run = Run(BASE, text("0", "123456789", "x"), limits=Limits(4, 6, "truncate"))
-    assert run.texts == ["<s>0", "1234", "x</s>"]
-
-
-def test_an_answer_that_just_fits_keeps_its_turn_end():
-    run = Run(BASE, text("012", "3", "xy"), limits=Limits(4, 6, "truncate"))
-    assert run.texts == ["<s>012", "3</s>", "xy"]
-    assert list(run.audit.cut) == ["rejected"]
-
-
-def test_overlong_pairs_can_be_dropped():
-    rows = (text("012", "3", "x"), text("0123", "4", "x"), text("012", "34", "x"))
-    run = Run(BASE, *rows, limits=Limits(4, 6, "drop"))
-    assert (run.dropped, list(run.kept), run.audit.cut) == ({"overlong": [2, 3]}, [1], {})
-
-
-def test_overlong_pairs_can_be_refused():
-    with pytest.raises(UserError) as caught:
-        Run(BASE, text("012", "3", "x"), text("0123", "4", "xyz"), limits=Limits(4, 6, "error"))
-    assert str(caught.value) == (
-        "row 2: too long (prompt, rejected): got 5 prompt, 2 chosen and 4 rejected tokens, wanted "
-        "at most 4 of prompt and 6 in all. Raise data.max_length, or set data.on_overlong to "
-        "truncate or drop."
-    )
-
-
-def test_answers_that_are_equal_or_become_so_are_dropped_and_told_apart():
-    rows = (text("0", "same", "same"), text("0", "123456", "123478"), text("0", "123456", "12x"))
-    run = Run(BASE, *rows, limits=Limits(2, 6, "truncate"))
-    assert run.dropped == {"identical answers": [1], "identical once cut": [2]}
-    assert {what: tally.rows for what, tally in run.audit.cut.items()} == {"chosen": [3]}
-
-
-# The counts
-
-
-def test_an_audit_reads_its_own_report():
-    audit = Audit(rows_read=3, pairs_kept=2, formats={"a.jsonl": "text"})
-    audit.drop("empty answer", 2)
-    audit.shorten("prompt", 1)
-    audit.note(MERGED, 3)
-    assert audit.report() == {
-        "rows_read": 3,
-        "pairs_kept": 2,
-        "formats": {"a.jsonl": "text"},
-        "dropped": {"empty answer": {"count": 1, "rows": [2]}},
-        "cut": {"prompt": {"count": 1, "rows": [1]}},
-        "noted": {MERGED: {"count": 1, "rows": [3]}},
-    }
-    assert Audit.from_report(audit.report()) == audit
-    assert audit.summary() == (
-        "2 of 3 rows kept; format text; dropped: 1 empty answer; cut: 1 prompt; "
-        "noted: 1 border token merged"
-    )
-
-
-def test_an_audit_that_lost_a_row_does_not_report():
-    with pytest.raises(AssertionError):
-        Audit(rows_read=2, pairs_kept=1).report()
-
-
-def test_an_audit_counts_all_rows_and_names_the_first_thousand():
-    tally = Tally()
-    for row in range(1, MAX_ROWS_NAMED + 6):
-        tally.add(row)
-    assert (tally.count, tally.rows[-1], len(tally.rows)) == (1005, 1000, 1000)
-    whole = Audit()
-    whole.absorb(Audit(rows_read=1005, dropped={"overlong": tally}), "a")
-    whole.absorb(Audit(rows_read=1005, dropped={"overlong": tally}), "b")
-    merged = whole.dropped["overlong"]
-    assert (merged.count, merged.rows[0], len(merged.rows)) == (2010, "a:1", 1000)
-    assert (tally.count, tally.rows[0]) == (1005, 1)  # what was absorbed is as it was

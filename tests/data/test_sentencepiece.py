@@ -9,9 +9,10 @@ import random
 
 import pytest
 
-from dpo.data.audit import Audit, Limits
+from dpo.data.audit import Audit
 from dpo.data.chat import ChatTokenizer
 from dpo.data.formats import Preference
+from dpo.data.limits import Limits
 from tests.data.tokenizers import FAMILIES
 
 NUM_ROWS = 1000

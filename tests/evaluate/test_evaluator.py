@@ -4,20 +4,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo.config import resolve
 from dpo.errors import UserError
 from dpo.evaluate.samples import generate
 from dpo.evaluate.statistics import spread
 from dpo.model.reference import adapter_off
 from dpo.train.tracking import closing_table, side_by_side
 from dpo.train.trainer import Run
+from tests.models import QUICKSTART_MODEL
 from tests.oracle import answer_logps
 from tests.train.runs import config, forget_accelerate, metrics, run
 
 
 @pytest.fixture(scope="module")
 def packaged():
-    folder = resolve("quickstart/model")
+    folder = QUICKSTART_MODEL
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(folder)
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo.config import resolve
 from dpo.errors import UserError
 from dpo.evaluate.samples import Draw, Sampling, generate
+from tests.models import QUICKSTART_MODEL
 
 
 @pytest.fixture(scope="module")
 def packaged():
-    folder = resolve("quickstart/model")
+    folder = QUICKSTART_MODEL
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 

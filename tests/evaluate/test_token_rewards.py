@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from dpo.config import resolve
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.evaluate.token_rewards import pairs_to_show, text_pieces, token_rewards
 from dpo.logps import pair_logps
 from dpo.losses import PairLogps, implicit_rewards
 from dpo.model.scorer import Scorer
-from tests.models import tiny
+from tests.models import QUICKSTART_MODEL, tiny
 
 TEXTS = ["Two  spaces, a\ttab,\n a line.", "naïve café 🙂 日本語", "<|im_start|>user\nHi", " x"]
 
@@ -18,7 +17,7 @@ TEXTS = ["Two  spaces, a\ttab,\n a line.", "naïve café 🙂 日本語", "<|im_
 def tokenizer():
     import transformers
 
-    return transformers.AutoTokenizer.from_pretrained(resolve("quickstart/model"))
+    return transformers.AutoTokenizer.from_pretrained(QUICKSTART_MODEL)
 
 
 @pytest.fixture(scope="module")

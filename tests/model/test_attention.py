@@ -5,7 +5,7 @@ import torch
 
 from dpo.data.stream import build_stream
 from dpo.model import attention
-from dpo.model.attention import Layout, _Repeat, serves_varlen
+from dpo.model.attention import Segments, _Repeat, serves_varlen
 from dpo.model.scorer import Scorer
 from tests.model.test_scorer import PAIRS, assert_same
 from tests.models import tiny, with_lora
@@ -140,8 +140,8 @@ def test_a_call_a_segment_never_needs_all_scores(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     stream = build_stream(PAIRS[:1])
     states = [torch.randn(1, h, len(stream.input_ids), 64, dtype=dtype) for h in (4, 2, 2)]
-    layout = Layout(stream.segments, torch.device("cpu"))
-    attention._by_segment(*states, layout, 0.1, None, 0.0)
+    segments = Segments(stream.segments, torch.device("cpu"))
+    attention._by_segment(*states, segments, 0.1, None, 0.0)
     assert calls == [(True, grouped, grouped), (False, False, False)]
 
 
@@ -169,13 +169,13 @@ def test_a_width_that_no_fused_kernel_has_is_padded_with_zeros(
     monkeypatch.setattr(attention, "varlen_attn", plain_varlen)
     monkeypatch.setattr(attention, "_VARLEN_GROUPS", True)
     stream, module = build_stream(PAIRS), torch.nn.Module()
-    layout = Layout(stream.segments, torch.device("cpu"))
+    segments = Segments(stream.segments, torch.device("cpu"))
     states = [torch.randn(1, h, len(stream.input_ids), 100, requires_grad=True) for h in (4, 2, 2)]
     results = []
     for is_cuda in (True, False):
         monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)
         out, _ = attention.two_segment_attention(
-            module, *states, None, scaling=scaling, dpo_layout=layout
+            module, *states, None, scaling=scaling, dpo_segments=segments
         )
         assert out.shape == (1, len(stream.input_ids), 4, 100)
         results.append([out, *torch.autograd.grad(out.sin().sum(), states)])
@@ -186,8 +186,10 @@ def test_a_width_that_no_fused_kernel_has_is_padded_with_zeros(
 
 def test_policy_and_reference_share_the_layout_of_a_stream(monkeypatch):
     """Its indices are built and copied once a micro-batch; another stream has its own."""
-    made, init = [], Layout.__init__
-    monkeypatch.setattr(Layout, "__init__", lambda self, *args: made.append(1) or init(self, *args))
+    made, init = [], Segments.__init__
+    monkeypatch.setattr(
+        Segments, "__init__", lambda self, *args: made.append(1) or init(self, *args)
+    )
     scorer, (one, other) = Scorer(tiny()), (build_stream([pair]) for pair in PAIRS[:2])
     made.clear()
     expected = scorer(one)
@@ -201,9 +203,9 @@ def test_policy_and_reference_share_the_layout_of_a_stream(monkeypatch):
 def test_the_joined_segments_of_two_pairs():
     """`a b | X | Y Z` and a pair whose rejected answer adds no token: it has no second segment."""
     stream = build_stream([([1, 2], [3, 9], [4, 5, 9]), ([6, 7], [3, 8, 9], [4])])
-    layout = Layout(stream.segments, torch.device("cpu"))
-    assert layout.lengths == [3, 2, 4, 0]
-    joined = layout.joined
+    segments = Segments(stream.segments, torch.device("cpu"))
+    assert segments.lengths == [3, 2, 4, 0]
+    joined = segments.joined
     assert joined.keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8]
     assert joined.query_ends.tolist() == [0, 3, 5, 9]
     assert joined.key_ends.tolist() == [0, 3, 7, 11]
@@ -215,7 +217,7 @@ def test_the_joined_segments_of_two_pairs():
 
 def test_repeated_rows_sum_their_gradients():
     stream = build_stream(PAIRS)
-    joined = Layout(stream.segments, torch.device("cpu")).joined
+    joined = Segments(stream.segments, torch.device("cpu")).joined
     states = torch.randn(len(stream.input_ids), 2, 3, dtype=torch.float64, requires_grad=True)
     repeated = _Repeat.apply(states, joined.keys, joined.firsts, joined.again)
     assert torch.equal(repeated, states[joined.keys])
@@ -243,7 +245,7 @@ def test_the_kernel_of_the_gpu_equals_sdpa_in_values_and_gradients(window):
         for heads in (8, 2, 2)
     ]
     grad = torch.randn(1, tokens, 8, 64, generator=generator).cuda().bfloat16()
-    layout = Layout(stream.segments, torch.device("cuda"))
+    segments = Segments(stream.segments, torch.device("cuda"))
     results = []
     for compute, dtype in (
         (attention._in_one_call, torch.bfloat16),
@@ -251,7 +253,7 @@ def test_the_kernel_of_the_gpu_equals_sdpa_in_values_and_gradients(window):
     ):
         inputs = [s.to(dtype).requires_grad_() for s in states]
         rate = () if compute is attention._in_one_call else (0.0,)
-        out = compute(*inputs, layout, 0.125, window, *rate)
+        out = compute(*inputs, segments, 0.125, window, *rate)
         results.append([out, *torch.autograd.grad(out, inputs, grad.to(dtype))])
     for half, exact in zip(*results, strict=True):
         assert (half.float() - exact).abs().max() <= 0.02 * exact.abs().max()
@@ -261,7 +263,7 @@ def test_the_kernel_of_the_gpu_equals_sdpa_in_values_and_gradients(window):
 def test_repeated_rows_have_the_same_gradient_every_time():
     """That of index_select is summed in any order."""
     stream = build_stream([([3] * 500, [5] * 300, [6] * 300)] * 4)
-    joined = Layout(stream.segments, torch.device("cuda")).joined
+    joined = Segments(stream.segments, torch.device("cuda")).joined
     states = torch.randn(len(stream.input_ids), 8, 128, device="cuda", requires_grad=True)
 
     def gradient():

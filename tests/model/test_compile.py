@@ -14,7 +14,7 @@ from dpo.data.stream import build_stream
 from dpo.errors import UserError
 from dpo.evaluate.samples import _uncompiled
 from dpo.model import load
-from dpo.model.kernels import make_lean
+from dpo.model.lean import make_lean
 from dpo.model.load import compile_layers
 from dpo.model.scorer import Scorer
 from dpo.train.selfcheck import _check_compiled

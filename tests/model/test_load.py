@@ -8,13 +8,13 @@ import pytest
 import torch
 import transformers
 
-from dpo.config import Config, resolve
+from dpo.config import Config
 from dpo.data.stream import build_stream
 from dpo.errors import UserError
 from dpo.model.load import Policy, load_policy, load_tokenizer, zero_dropouts
 from dpo.model.reference import AdapterOff, Frozen, Zero, adapter_off, build_reference, choose_mode
 from dpo.model.scorer import Scorer
-from tests.models import tiny, with_lora
+from tests.models import QUICKSTART_MODEL, tiny, with_lora
 
 STREAM = build_stream([([5, 6, 7], [8, 9], [10, 11, 12])])
 
@@ -100,7 +100,7 @@ def test_target_modules_that_do_not_exist_are_refused():
 
 def sft_adapter(tmp_path, **settings):
     model = peft.get_peft_model(
-        transformers.AutoModelForCausalLM.from_pretrained(resolve("quickstart/model")),
+        transformers.AutoModelForCausalLM.from_pretrained(QUICKSTART_MODEL),
         peft.LoraConfig(
             r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **settings
         ),
@@ -190,9 +190,7 @@ def test_auto_takes_the_reference_that_costs_nothing():
 
 def test_a_router_without_its_auxiliary_loss_is_said(tmp_path):
     tiny("mixtral", num_local_experts=4).save_pretrained(tmp_path)
-    transformers.AutoTokenizer.from_pretrained(resolve("quickstart/model")).save_pretrained(
-        tmp_path
-    )
+    transformers.AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(tmp_path)
     settings = config(tmp_path)
     settings.lora.target_modules = ["q_proj", "v_proj"]
     assert any(
@@ -237,4 +235,4 @@ def test_without_the_hook_an_evaluation_would_cut_nf4_training(tmp_path):
 def test_the_written_adapter_names_its_base(tmp_path):
     sft_adapter(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert written["base_model_name_or_path"] == resolve("quickstart/model")
+    assert written["base_model_name_or_path"] == QUICKSTART_MODEL

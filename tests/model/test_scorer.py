@@ -57,8 +57,8 @@ def test_a_rejected_answer_that_sees_the_chosen_one_is_noticed(monkeypatch):
     import torch.nn.functional as F
     from transformers import AttentionInterface
 
-    def leaky(module, query, key, value, attention_mask, *, dpo_layout, scaling=None, **_):
-        dpo_layout.num_calls += 1
+    def leaky(module, query, key, value, attention_mask, *, dpo_segments, scaling=None, **_):
+        dpo_segments.num_calls += 1
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )

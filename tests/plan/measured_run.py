@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from dpo.config import Config, parse
+from dpo.cli import parse
+from dpo.config import Config
 from dpo.data.stream import build_stream
 from dpo.model.load import Policy, load_policy
 from dpo.model.reference import build_reference, choose_mode

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from dpo.config import parse, resolve
+from dpo.cli import parse
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
 from dpo.model.load import load_policy
@@ -39,7 +39,7 @@ from dpo.plan.plan import (
 from dpo.plan.tables import plan_tables
 from dpo.train.optim import build_optimizer
 from tests.flops import counted_flops
-from tests.models import tiny, with_lora
+from tests.models import QUICKSTART_MODEL, tiny, with_lora
 from tests.train.runs import config as quickstart
 from tests.train.runs import rows_file, run
 
@@ -299,7 +299,7 @@ def test_lengths_of_the_first_rows_are_those_of_training(tmp_path):
     Rows of the quickstart are all usable: 20 pairs an epoch.
     """
     without_weights = tmp_path / "model"
-    shutil.copytree(resolve("quickstart/model"), without_weights)
+    shutil.copytree(QUICKSTART_MODEL, without_weights)
     (without_weights / "model.safetensors").unlink()
     flags = ["--data.name_or_path", rows_file(tmp_path, 40), "--data.eval_fraction", 0.5]
     config = configuration(without_weights, *flags)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo.config import PACKAGE, parse
+from dpo.cli import parse
+from dpo.config import PACKAGE
 from dpo.quickstart import build
 from dpo.quickstart.exercises import SEED, exercises, preference_exercises
 from tests.train.runs import metrics, run

@@ -24,7 +24,8 @@ from dpo.after.evaluate import (
 )
 from dpo.after.finished import FinishedRun
 from dpo.after.judges import load_judge
-from dpo.config import DataSource, save
+from dpo.cli import save
+from dpo.config import DataSource
 from dpo.errors import UserError
 from dpo.evaluate.samples import generate
 from tests.after.test_judges import KEY, prefers_right, server

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from dpo.after.generate import Speakers
 from dpo.after.prompts import Prompt, read_prompts
-from dpo.config import resolve
 from dpo.errors import UserError
 from dpo.evaluate.samples import Sampling, generate
+from tests.models import QUICKSTART_MODEL
 from tests.train.runs import config, run
 
 SCRIPT = str(Path(__file__).parents[2] / "scripts" / "generate.py")
-MODEL = resolve("quickstart/model")
+MODEL = QUICKSTART_MODEL
 WORDS = "Tell me the last of these words: bread, flower, garden."
 OTHER = "We plan the concert for September. The wedding is a month later. When is the wedding?"
 PUSHED = ["--train.max_steps", 3, "--optim.learning_rate", 0.05]  # three steps, far from the base

@@ -11,11 +11,12 @@ import pytest
 import torch
 import transformers
 
-from dpo.config import parse, resolve
+from dpo.cli import parse
 from dpo.data.stream import build_stream
 from dpo.logps import pair_logps
 from dpo.losses import sigmoid
 from dpo.model.scorer import Scorer
+from tests.models import QUICKSTART_MODEL
 from tests.train.runs import QUIET, metrics, rows_file, run
 
 ROOT = Path(__file__).parents[2]
@@ -139,12 +140,10 @@ def test_preview_marks_what_is_scored(tmp_path):
 def test_the_loss_by_hand_is_ours():
     """docs/dpo_by_hand.py against Scorer and losses, on a policy unlike its reference."""
     by_hand = runpy.run_path(str(ROOT / "docs" / "dpo_by_hand.py"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(resolve("quickstart/model"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(QUICKSTART_MODEL)
     pair = [tokenizer(by_hand[name])["input_ids"] for name in ("PROMPT", "CHOSEN", "REJECTED")]
     reference, policy = (
-        transformers.AutoModelForCausalLM.from_pretrained(
-            resolve("quickstart/model"), dtype=torch.float32
-        )
+        transformers.AutoModelForCausalLM.from_pretrained(QUICKSTART_MODEL, dtype=torch.float32)
         for _ in range(2)
     )
     with torch.no_grad():

@@ -10,11 +10,12 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from dpo.config import PACKAGE, parse, resolve
+from dpo.cli import parse
+from dpo.config import PACKAGE
 from dpo.ranks import sum_over_ranks
 from dpo.train.trainer import Run, train
+from tests.models import QUICKSTART_MODEL
 
-PACKAGED = "quickstart/model"
 QUIET = ["--train.report_to", "none", "--train.eval_prompts", "0", "--data.max_length", "160"]
 QUIET += ["--data.max_prompt_length", "128", "--train.write_report", "false"]
 QUIET += ["--reference.cache", "off"]  # one test must not find what another has computed
@@ -45,15 +46,15 @@ def first_step(folder):
 def model_folder(tmp_path, **settings):
     """The packaged model with other settings in its config."""
     folder = tmp_path / "model"
-    model = transformers.AutoModelForCausalLM.from_pretrained(resolve(PACKAGED), **settings)
+    model = transformers.AutoModelForCausalLM.from_pretrained(QUICKSTART_MODEL, **settings)
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(resolve(PACKAGED)).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(folder)
     return folder
 
 
 def adapter_folder(tmp_path):
     """An adapter whose update is not zero, as supervised fine-tuning leaves one."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(resolve(PACKAGED))
+    base = transformers.AutoModelForCausalLM.from_pretrained(QUICKSTART_MODEL)
     model = peft.get_peft_model(
         base, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     )
@@ -62,7 +63,7 @@ def adapter_folder(tmp_path):
             torch.nn.init.normal_(parameter, std=0.05)
     folder = tmp_path / "sft"
     model.save_pretrained(folder, save_embedding_layers=False)
-    transformers.AutoTokenizer.from_pretrained(resolve(PACKAGED)).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(folder)
     return folder
 
 

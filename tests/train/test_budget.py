@@ -29,7 +29,7 @@ def test_what_is_free_decides_and_the_gradient_stays_the_same(tmp_path, monkeypa
     whole = step_gradients(config(tmp_path, "--train.output_dir", tmp_path / "whole"))
     with_free(monkeypatch, 30e6)
     one = started(config(tmp_path, *AUTO, "--train.output_dir", tmp_path / "one"))
-    assert one.data.train.longest == max(pair.num_stream_tokens for pair in one.data.train)
+    assert one.data.train.longest_in_files == max(pair.num_stream_tokens for pair in one.data.train)
     sizes = [one.data.train[i].num_stream_tokens for i in one.order.indices(1)]
     assert max(sizes) <= one.train_step.budget.tokens < sum(sizes)
     assert_same_gradients(step_gradients(config(tmp_path, *AUTO)), whole)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from dpo.config import parse
+from dpo.cli import parse
 from dpo.data.stream import build_stream
 from dpo.errors import UserError
 from dpo.model.load import load_policy, load_tokenizer

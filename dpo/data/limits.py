@@ -1,0 +1,58 @@
+"""How long a pair may be, and what becomes of one that is longer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dpo.config import DataConfig
+from dpo.data.audit import RowName
+from dpo.data.formats import RowError
+from dpo.data.stream import TokenizedPair
+from dpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Lengths in tokens, and what happens to a pair beyond them."""
+
+    max_prompt_length: int
+    max_length: int
+    on_overlong: Literal["truncate", "drop", "error"]
+
+    @staticmethod
+    def of(data: DataConfig) -> "Limits":
+        """Those that a configuration sets."""
+        return Limits(data.max_prompt_length, data.max_length, data.on_overlong)
+
+    def fit(self, pair: TokenizedPair, row: RowName) -> tuple[TokenizedPair, list[str]]:
+        """Cuts the prompt from the left and the answers from the right, and says what it cut.
+
+        A cut answer gets no turn end: it is scored as the prefix it is.
+
+        Raises:
+            RowError: too long under on_overlong=drop, or the same answer twice.
+            UserError: too long under on_overlong=error.
+        """
+        prompt = pair.prompt_ids[-self.max_prompt_length :]
+        room = self.max_length - len(prompt)
+        too_long = {
+            "prompt": len(prompt) < len(pair.prompt_ids),
+            "chosen": len(pair.chosen_ids) > room,
+            "rejected": len(pair.rejected_ids) > room,
+        }
+        cut = [part for part, is_cut in too_long.items() if is_cut]
+        if cut and self.on_overlong == "drop":
+            raise RowError("overlong", ", ".join(cut))
+        if cut and self.on_overlong == "error":
+            raise UserError(
+                f"row {row}: too long ({', '.join(cut)}): got {len(pair.prompt_ids)} prompt, "
+                f"{len(pair.chosen_ids)} chosen and {len(pair.rejected_ids)} rejected tokens, "
+                f"wanted at most {self.max_prompt_length} of prompt and {self.max_length} in all. "
+                "Raise data.max_length, or set data.on_overlong to truncate or drop."
+            )
+        chosen, rejected = pair.chosen_ids[:room], pair.rejected_ids[:room]
+        if chosen == rejected:
+            were_equal = pair.chosen_ids == pair.rejected_ids
+            raise RowError("identical answers" if were_equal else "identical once cut", "")
+        chosen_scored = pair.chosen_scored and pair.chosen_scored[:room]
+        rejected_scored = pair.rejected_scored and pair.rejected_scored[:room]
+        return TokenizedPair(prompt, chosen, rejected, chosen_scored, rejected_scored), cut

@@ -1,0 +1,95 @@
+"""Preferences to tokenise, and what came of them."""
+
+from dpo.data.audit import Audit
+from dpo.data.chat import ChatTokenizer, choose_template
+from dpo.data.formats import Preference
+from dpo.data.limits import Limits
+from tests.data.tokenizers import build
+
+ROOM = Limits(1000, 2000, "truncate")
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def tool(content):
+    return {"role": "tool", "content": content}
+
+
+def as_turns(answer):
+    return answer if isinstance(answer, list) else [assistant(answer)]
+
+
+def messages(prompt="Name a river.", chosen="The Rhine.", rejected="Paris.", tools=None):
+    prompt = prompt if isinstance(prompt, list) else [user(prompt)]
+    return Preference(
+        kind="messages",
+        prompt=prompt,
+        chosen=as_turns(chosen),
+        rejected=as_turns(rejected),
+        tools=tools,
+    )
+
+
+def text(prompt="Once", chosen=" upon", rejected=" more"):
+    return Preference(kind="text", prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def chatml(chosen, rejected="Paris.<|im_end|>\n"):
+    prompt = "<|im_start|>user\nName a river.<|im_end|>\n<|im_start|>assistant\n"
+    return Preference(kind="chatml", prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+class Run:
+    """Tokenises preferences as rows 1, 2, ...; shows what came of them."""
+
+    def __init__(self, family, *preferences, limits=ROOM, choice="auto", pad=None):
+        self.tokenizer = build(family, pad=pad)
+        self.audit = Audit()
+        template = choose_template(self.tokenizer, choice)
+        chat = ChatTokenizer(self.tokenizer, template, limits, self.audit)
+        rows = list(enumerate(preferences, start=1))
+        self.kept = dict(chat.tokenize(rows))
+
+    @property
+    def pair(self):
+        assert not self.audit.dropped
+        (pair,) = self.kept.values()
+        return pair
+
+    @property
+    def texts(self):
+        pair = self.pair
+        return [*map(self.tokenizer.decode, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))]
+
+    @property
+    def scored(self):
+        """The scored stretches of the chosen answer, as text."""
+        stretches, previous = [], False
+        for token, marked in zip(self.pair.chosen_ids, self.pair.chosen_scored, strict=True):
+            if marked and not previous:
+                stretches.append([])
+            if marked:
+                stretches[-1].append(token)
+            previous = marked
+        return [self.tokenizer.decode(stretch) for stretch in stretches]
+
+    @property
+    def dropped(self):
+        return {reason: tally.rows for reason, tally in self.audit.dropped.items()}
+
+    @property
+    def noted(self):
+        return {reason: tally.rows for reason, tally in self.audit.noted.items()}
+
+    def count(self, token, side="chosen_ids"):
+        return list(getattr(self.pair, side)).count(self.tokenizer.convert_tokens_to_ids(token))
