@@ -25,7 +25,7 @@ from dpo.evaluate.samples import generate
 from dpo.evaluate.statistics import spread
 from dpo.logps import pair_logps
 from dpo.losses import LOSSES, PairLogps
-from dpo.metrics import METRICS, pair_metrics
+from dpo.metrics import PAIR_METRICS, pair_metrics
 from dpo.model.reference import Reference, Zero
 
 Answered = tuple[Sequence[int], Sequence[int], Sequence[int]]  # token ids: prompt and two answers
@@ -89,7 +89,7 @@ class Evaluator:
         loss = self.config.loss
         losses = LOSSES[loss.type](logps, **loss.options)
         means = pair_metrics(logps, losses, beta=loss.beta).mean(dim=1)
-        metrics: dict[str, float] = dict(zip(METRICS, means.tolist(), strict=True))
+        metrics: dict[str, float] = dict(zip(PAIR_METRICS, means.tolist(), strict=True))
         if samples and not isinstance(self.reference, Zero):  # else there is nothing to be far from
             metrics["kl"] = _mean(samples, "log_ratio")
         if samples:

@@ -1,36 +1,26 @@
 """Several runs beside each other: what differs, what came of it, and what it cost in KL."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dpo.metrics import metric
 from dpo.report.charts import MARKERS, RUN_COLOURS, RUN_LINES, Chart, Series, curve, number
 from dpo.report.digest import shown
 from dpo.report.logs import RunLogs
 
-# The columns of results: metric, name, format, and which of two values is the better one. KL is a
-# cost, which the frontier weighs; lengths have no better side.
-_RESULTS: tuple[tuple[str, str, str, Callable[..., float] | None], ...] = (
-    ("eval/exact_match", "Right answers", ".1%", max),
-    ("eval/rewards/accuracies", "Reward accuracy", ".1%", max),
-    ("eval/ranking_accuracy", "Ranking accuracy", ".1%", max),
-    ("eval/rewards/margins", "Reward margin", ".3f", max),
-    ("eval/loss", "Loss", ".4f", min),
-    ("eval/kl", "KL, nats per answer", ".2f", None),
-    ("eval/lengths/generated", "Answer length, tokens", ".1f", None),
-    ("eval/logps/chosen", "Log-prob of chosen, nats", ".2f", max),
-)
+# The columns of results, and the curves.
+_RESULTS = (
+    "eval/exact_match eval/rewards/accuracies eval/ranking_accuracy eval/rewards/margins eval/loss "
+    "eval/kl eval/lengths/generated eval/logps/chosen"
+).split()
+_COSTS = ("eval/kl",)  # the frontier weighs it: a run that learned nothing has the lowest
 _OF_ONE_LOSS = ("eval/rewards/margins", "eval/loss")  # with another beta, on another scale
 _OVERLAID = (
-    ("eval/exact_match", "Right answers, held out", True),
-    ("eval/rewards/accuracies", "Reward accuracy, held out", True),
-    ("eval/loss", "Loss, held out", False),
-    ("eval/rewards/margins", "Reward margin, held out", False),
-    ("eval/kl", "KL to the reference, nats per answer", False),
-    ("train/loss", "Loss, training", False),
-    ("train/rewards/margins", "Reward margin, training", False),
-)
+    "eval/exact_match eval/rewards/accuracies eval/loss eval/rewards/margins eval/kl train/loss "
+    "train/rewards/margins"
+).split()
 _NOT_A_DIFFERENCE = ("train.output_dir",)
 
 
@@ -81,17 +71,18 @@ def _value(run: RunLogs, key: str) -> object:
 def results(runs: Sequence[RunLogs]) -> list[Column]:
     """The last evaluation of every run, one column a metric that any of them has."""
     columns = []
-    for key, name, shape, better in _RESULTS:
+    for key in _RESULTS:
+        shown, better = metric(key), metric(key).better
         values = [run.evaluations[-1].get(key) if run.evaluations else None for run in runs]
         known = [value for value in values if value is not None]
         if not known:
             continue
-        comparable = key not in _OF_ONE_LOSS or have_one_loss(runs)
+        comparable = key not in _COSTS and (key not in _OF_ONE_LOSS or have_one_loss(runs))
         best = better(known) if better and comparable and len(set(known)) > 1 else None
         columns.append(
             Column(
-                name,
-                ["" if value is None else format(value, shape) for value in values],
+                shown.title,
+                ["" if value is None else format(value, shown.format) for value in values],
                 [value is not None and value == best for value in values],
             )
         )
@@ -107,7 +98,9 @@ def have_one_loss(runs: Sequence[RunLogs]) -> bool:
 def overlaid_curves(runs: Sequence[RunLogs]) -> list[Chart]:
     """One chart a metric, one line a run."""
     charts = []
-    for key, title, percent in _OVERLAID:
+    for key in _OVERLAID:
+        title = f"{metric(key).title}, {'held out' if key.startswith('eval/') else 'training'}"
+        percent = metric(key).is_share
         series = [
             curve(
                 *run.values(key),

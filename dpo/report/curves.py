@@ -7,64 +7,20 @@ from itertools import pairwise
 import numpy as np
 
 from dpo.evaluate.statistics import spread
+from dpo.metrics import by_chart, metric
 from dpo.report.charts import Chart, Series, curve, number
 from dpo.report.logs import Line, RunLogs
 
 MAX_SCATTERED = 400  # pairs in the chart of reward against length, evenly over all of them
 _LN_2 = math.log(2)
 
-# Title, metrics without their prefix, whether a share, and how to read it. A metric of training is
-# drawn as a thin line, the same one on held-out pairs with markers.
-_CURVES: tuple[tuple[str, tuple[str, ...], bool, str], ...] = (
-    ("Loss", ("loss",), False, "Mean over pairs. It starts where policy and reference agree."),
-    (
-        "Rewards",
-        ("rewards/chosen", "rewards/rejected"),
-        False,
-        "Beta times the log-ratio: log-prob under the policy minus that under the reference. The "
-        "two should drift apart.",
-    ),
-    ("Reward margin", ("rewards/margins",), False, "Reward of chosen minus reward of rejected."),
-    (
-        "Reward accuracy",
-        ("rewards/accuracies",),
-        True,
-        "Share of pairs whose chosen answer has the higher reward. 50% is chance; where policy and "
-        "reference agree all rewards tie, which counts as 0%.",
-    ),
-    ("Learning rate", ("learning_rate",), False, "Of the step's update."),
-    ("Gradient norm", ("grad_norm",), False, "Before clipping."),
-    (
-        "Log-probs of the answers",
-        ("logps/chosen", "logps/rejected"),
-        False,
-        "Nats, summed over an answer's tokens. Both often fall; DPO only asks that the gap grows.",
-    ),
-    (
-        "KL to the reference",
-        ("kl",),
-        False,
-        "Nats per answer, over answers sampled from the policy: how far it has moved.",
-    ),
-    ("Answers that are right", ("exact_match",), True, "Greedy answers equal to the right one."),
-    (
-        "Ranking accuracy",
-        ("ranking_accuracy",),
-        True,
-        "Share of pairs whose chosen answer is the more probable one, without the reference.",
-    ),
-    ("Length of answers", ("lengths/generated",), False, "Tokens of the greedy answers, mean."),
-)
-_SPEED: tuple[tuple[str, tuple[str, ...], bool, str], ...] = (
-    ("Tokens per second", ("tokens_per_second",), False, "Through the policy, over all devices."),
-    ("Pairs per second", ("pairs_per_second",), False, "Over all devices."),
-    (
-        "Memory",
-        ("memory_gib",),
-        False,
-        "GiB, the peak so far: allocated on a GPU, or resident on a CPU.",
-    ),
-)
+# The metrics that have a chart. A metric of training is drawn as a thin line, the same metric on
+# held-out pairs as a line with markers.
+_CURVES = (
+    "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies learning_rate "
+    "grad_norm logps/chosen logps/rejected kl exact_match ranking_accuracy lengths/generated"
+).split()
+_SPEED = "tokens_per_second pairs_per_second memory_gib".split()
 
 
 def training_curves(run: RunLogs) -> list[Chart]:
@@ -77,25 +33,27 @@ def speed_curves(run: RunLogs) -> list[Chart]:
     return _curves(run, _SPEED)
 
 
-def _curves(run: RunLogs, wanted: Sequence[tuple[str, tuple[str, ...], bool, str]]) -> list[Chart]:
+def _curves(run: RunLogs, chosen: Sequence[str]) -> list[Chart]:
     charts = []
-    for title, keys, percent, note in wanted:
-        series = list(_train_and_held_out(run, keys, percent))
+    for title, names in by_chart(chosen).items():
+        percent = metric(names[0]).is_share
+        series = list(_train_and_held_out(run, names, percent))
         if series:
-            level = (_LN_2, "ln 2") if keys == ("loss",) and _starts_at_ln_2(series) else None
+            note = " ".join(metric(name).meaning for name in names)
+            level = (_LN_2, "ln 2") if names == ["loss"] and _starts_at_ln_2(series) else None
             charts.append(
                 Chart(title=title, series=series, note=note, percent=percent, level=level)
             )
     return charts
 
 
-def _train_and_held_out(run: RunLogs, keys: tuple[str, ...], percent: bool) -> Iterator[Series]:
+def _train_and_held_out(run: RunLogs, names: Sequence[str], percent: bool) -> Iterator[Series]:
     for prefix, where in (("train", "training"), ("eval", "held out")):
-        for key in keys:
-            steps, values = run.values(f"{prefix}/{key}")
+        for metric_name in names:
+            steps, values = run.values(f"{prefix}/{metric_name}")
             if not steps:
                 continue
-            side = key.rpartition("/")[2]
+            side = metric_name.rpartition("/")[2]
             is_side = side in ("chosen", "rejected")
             colour = side if is_side else "train" if prefix == "train" else "held-out"
             yield curve(

@@ -9,70 +9,51 @@ import numpy as np
 
 from dpo.config import Config
 from dpo.evaluate.diagnostics import Finding, diagnose
+from dpo.metrics import Metric, metric
 from dpo.report.charts import number
 from dpo.report.length_bias import length_bias
 from dpo.report.logs import Line, RunLogs
 
 SAMPLES_SHOWN = 3  # of each kind
 
-# Held-out figures before and after: metric, name, what it is, format.
-_FIGURES = (
-    ("eval/exact_match", "Right answers", "share of greedy answers that are right", ".1%"),
-    (
-        "eval/rewards/accuracies",
-        "Reward accuracy",
-        "share of pairs whose chosen answer has the higher reward; where policy and reference "
-        "agree all rewards tie, which counts as 0%",
-        ".1%",
-    ),
-    (
-        "eval/ranking_accuracy",
-        "Ranking accuracy",
-        "share of pairs whose chosen answer is the more probable one, without the reference",
-        ".1%",
-    ),
-    ("eval/rewards/margins", "Reward margin", "reward of chosen minus reward of rejected", ".3f"),
-    ("eval/loss", "Loss", "mean over pairs", ".4f"),
-    ("eval/kl", "KL to the reference", "nats per answer that the policy writes", ".2f"),
-    ("eval/lengths/generated", "Answer length", "tokens of the greedy answers, mean", ".1f"),
-    ("eval/logps/chosen", "Log-prob of chosen", "nats for the whole answer, mean", ".2f"),
-    ("eval/logps/rejected", "Log-prob of rejected", "nats for the whole answer, mean", ".2f"),
-)
+# The rows of the table of before and after.
+_BEFORE_AND_AFTER = (
+    "eval/exact_match eval/rewards/accuracies eval/ranking_accuracy eval/rewards/margins eval/loss "
+    "eval/kl eval/lengths/generated eval/logps/chosen eval/logps/rejected"
+).split()
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One row of the table before and after, as text."""
+class BeforeAndAfter:
+    """One held-out metric before and after training, as text."""
 
-    name: str
-    what: str
+    metric: Metric
     before: str
     after: str
     change: str
 
 
-def figures(run: RunLogs) -> list[Figure]:
-    """Those held-out figures that the run has, before and after training."""
-    if len(run.evaluations) < 2:
+def before_and_after(logs: RunLogs) -> list[BeforeAndAfter]:
+    """The held-out metrics that the run has, before and after training."""
+    if len(logs.evaluations) < 2:
         return []
-    before, after = run.evaluations[0], run.evaluations[-1]
+    before, after = logs.evaluations[0], logs.evaluations[-1]
     return [
-        Figure(
-            name,
-            what,
-            format(before[key], shape),
-            format(after[key], shape),
-            _change(after[key] - before[key], shape),
+        BeforeAndAfter(
+            shown,
+            format(before[name], shown.format),
+            format(after[name], shown.format),
+            _change(after[name] - before[name], shown),
         )
-        for key, name, what, shape in _FIGURES
-        if key in before and key in after
+        for name, shown in ((name, metric(name)) for name in _BEFORE_AND_AFTER)
+        if name in before and name in after
     ]
 
 
-def _change(difference: int | float, shape: str) -> str:
-    if shape.endswith("%"):
+def _change(difference: int | float, shown: Metric) -> str:
+    if shown.is_share:
         return f"{100 * difference:+.1f} points"
-    return format(difference, f"+{shape}")
+    return format(difference, f"+{shown.format}")
 
 
 def opening(run: RunLogs) -> list[str]:

@@ -11,36 +11,15 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
-_BOTH = ("train", "eval")
-# Title of a chart: the scalars in it. TensorBoard shows them under "Custom Scalars".
-LAYOUT = {
-    "held out against training": {
-        "loss": [f"{split}/loss" for split in _BOTH],
-        "reward accuracy": [f"{split}/rewards/accuracies" for split in _BOTH],
-        "reward margin": [f"{split}/rewards/margins" for split in _BOTH],
-    },
-    **{
-        f"chosen and rejected, {name}": {
-            "rewards": [f"{split}/rewards/chosen", f"{split}/rewards/rejected"],
-            "log-probs, nats": [f"{split}/logps/chosen", f"{split}/logps/rejected"],
-            "reward and ranking accuracy": [
-                f"{split}/rewards/accuracies",
-                f"{split}/ranking_accuracy",
-            ],
-        }
-        for split, name in (("train", "training"), ("eval", "held out"))
-    },
-    "how far it went": {
-        "KL to the reference, nats per answer": ["eval/kl"],
-        "length of the answers, tokens": ["eval/lengths/generated"],
-        "answers right": ["eval/exact_match"],
-    },
-    "throughput": {
-        "pairs per second": ["train/pairs_per_second"],
-        "model TFLOP/s of one device": ["train/model_tflops"],
-        "share of the time": ["train/time/reference", "train/time/data", "train/time/step"],
-        "peak memory, GiB": ["train/memory_gib"],
-    },
+from dpo.metrics import PAIR_METRICS, by_chart, metric
+
+# The charts under "Custom Scalars": metrics by group; the catalogue says which share a chart.
+_GROUPS = {
+    "training and held out": PAIR_METRICS,
+    "how far it went": ("kl", "lengths/generated", "exact_match"),
+    "throughput": (
+        "pairs_per_second model_tflops time/reference time/data time/step memory_gib"
+    ).split(),
 }
 # The results that the HParams tab shows beside the settings.
 RESULTS = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "eval/kl")
@@ -50,12 +29,18 @@ def open_board(writer: SummaryWriter, settings: Mapping[str, int | float | str |
     """The layout of the charts, and the settings by `section.key`."""
     writer.add_custom_scalars(
         {
-            group: {title: ["Multiline", tags] for title, tags in charts.items()}
-            for group, charts in LAYOUT.items()
+            group: {
+                title: ["Multiline", _scalars(chart)] for title, chart in by_chart(names).items()
+            }
+            for group, names in _GROUPS.items()
         }
     )
     for summary in hparams(dict(settings), dict.fromkeys(RESULTS, 0.0)):
         writer._get_file_writer().add_summary(summary)  # type: ignore[union-attr]
+
+
+def _scalars(names: Sequence[str]) -> list[str]:
+    return [f"{prefix}/{name}" for name in names for prefix in metric(name).logged]
 
 
 def show_evaluation(

@@ -19,20 +19,15 @@ from dpo.errors import UserError
 from dpo.evaluate.diagnostics import Watch
 from dpo.evaluate.evaluator import Evaluation, held_out_columns
 from dpo.losses import PairLogps, implicit_rewards
+from dpo.metrics import metric
 from dpo.report.logs import read_lines
 from dpo.train.board import open_board, show_evaluation
 
-# Rows of the closing table: held-out metric, its name there, and how it is printed.
-_TABLE = (
-    ("eval/exact_match", "answers right (greedy)", "{:.1%}"),
-    ("eval/rewards/accuracies", "reward accuracy", "{:.1%}"),
-    ("eval/rewards/margins", "reward margin", "{:.3f}"),
-    ("eval/loss", "loss", "{:.4f}"),
-    ("eval/kl", "KL to the reference, nats per answer", "{:.2f}"),
-    ("eval/lengths/generated", "answer length, tokens", "{:.1f}"),
-    ("eval/logps/chosen", "log-prob of chosen, nats", "{:.2f}"),
-    ("eval/logps/rejected", "log-prob of rejected, nats", "{:.2f}"),
-)
+# The rows of the closing table.
+_CLOSING = (
+    "eval/exact_match eval/rewards/accuracies eval/rewards/margins eval/loss eval/kl "
+    "eval/lengths/generated eval/logps/chosen eval/logps/rejected"
+).split()
 
 
 class Tracker:
@@ -185,9 +180,9 @@ def versions() -> str:
 def closing_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     """Held-out figures before and after training, side by side."""
     rows = [
-        f"{name:<38}{shape.format(before[key]):>12}{shape.format(after[key]):>12}"
-        for key, name, shape in _TABLE
-        if key in before and key in after
+        f"{shown.title:<38}{before[name]:>12{shown.format}}{after[name]:>12{shown.format}}"
+        for name, shown in ((name, metric(name)) for name in _CLOSING)
+        if name in before and name in after
     ]
     return "\n".join([f"{'held out':<38}{'before':>12}{'after':>12}", *rows])
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo.config import BEST_METRICS, Config, TrainConfig, save
+from dpo.config import Config, TrainConfig, save
 from dpo.data.loader import balance, load_data, micro_batches, step_indices
 from dpo.data.stream import Stream, TokenizedPair, build_stream
 from dpo.errors import UserError
@@ -29,7 +29,7 @@ from dpo.evaluate.evaluator import Evaluator
 from dpo.evaluate.token_rewards import rewards_to_show
 from dpo.logps import pair_logps
 from dpo.losses import LOSSES, PairLogps
-from dpo.metrics import RunningMeans, pair_metrics
+from dpo.metrics import RunningMeans, is_better, pair_metrics
 from dpo.model.fingerprint import reference_digest, weights_digest
 from dpo.model.load import compile_layers, load_tokenizer
 from dpo.model.logp_cache import LogpCache
@@ -398,7 +398,7 @@ class Run:
         if not name:
             return
         value = metrics[name]
-        if self.best is None or BEST_METRICS[name](value, self.best) != self.best:
+        if self.best is None or is_better(name, value, self.best):
             self.best = value
             best = self.folder / "best"
             checkpoints.save_weights(self.policy.model, best)

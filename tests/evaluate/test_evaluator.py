@@ -122,7 +122,7 @@ def test_the_closing_table_shows_what_both_evaluations_measured():
     before = {"step": 0, "eval/exact_match": 0.41, "eval/kl": 0.0}
     after = {"step": 9, "eval/exact_match": 0.975, "eval/kl": 3.25, "eval/loss": 0.1}
     table = closing_table(before, after).splitlines()
-    assert table[1].split() == ["answers", "right", "(greedy)", "41.0%", "97.5%"]
+    assert table[1].split() == ["Right", "answers", "41.0%", "97.5%"]
     assert table[2].endswith("0.00        3.25")
     assert len(table) == 3
 
