@@ -12,7 +12,8 @@ SOURCES = [*sorted((ROOT / "dpo").rglob("*.py")), *sorted((ROOT / "scripts").rgl
 
 # Each imports only from its left, or from itself.
 ORDER = (
-    "errors losses logps metrics config table data model plan evaluate report train after scripts"
+    "errors losses logps metrics config run_folder table data model plan evaluate report train "
+    "after scripts"
 ).split()
 OUTSIDE = ("", "quickstart")  # dpo/__init__.py, and the scripts that make the quickstart's files
 BARE = ("losses", "logps")  # a student runs these with torch alone

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpo import run_folder
 from dpo.after.finished import FinishedRun, read_run
 from dpo.after.harness import load_tasks, run_harness
 from dpo.after.judges import (
@@ -54,7 +55,7 @@ _NEEDS = {
 class Options:
     """What to measure, as scripts/evaluate.py's flags say; None is the run's own value."""
 
-    weights: str = "final"
+    weights: str = run_folder.FINAL
     data_path: str | None = None
     data_format: str = "auto"
     prompts: int = 200
@@ -117,7 +118,7 @@ def evaluate_run(folder: Path, options: Options) -> Iterator[str]:
         if len(pairs):
             yield {"held_out": {"rows": rows, **measure_pairs(run, pairs, options)}}
         if judge:
-            file = output.parent / "judged.jsonl"
+            file = output.parent / run_folder.JUDGED
             yield {"win_rate": measure_win_rate(run, pairs, judge, options, file)}
         if tasks:
             size, limit = options.batch_size, options.limit

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dpo import run_folder
 from dpo.config import Config, parse
 from dpo.data.loader import Pairs, PreferenceData, load_data
 from dpo.data.stream import TokenizedPair
@@ -29,12 +30,12 @@ def read_run(folder: Path) -> Config:
     Raises:
         UserError: there is none.
     """
-    if not (folder / "config.yaml").exists() or not (folder / "final").is_dir():
+    if not (folder / run_folder.CONFIG).exists() or not (folder / run_folder.FINAL).is_dir():
         raise UserError(
             f"{folder} holds no finished run: wanted a folder with config.yaml and final/. "
             "Name the train.output_dir of one."
         )
-    return parse(["--config", str(folder / "config.yaml")])
+    return parse(["--config", str(folder / run_folder.CONFIG)])
 
 
 class FinishedRun:
@@ -48,7 +49,7 @@ class FinishedRun:
         UserError: the folder holds no finished run, or not these weights.
     """
 
-    def __init__(self, folder: Path, weights: str = "final"):
+    def __init__(self, folder: Path, weights: str = run_folder.FINAL):
         self.folder, self.config = folder, read_run(folder)
         self.weights = folder / weights
         is_lora = self.config.model.adapter == "lora"

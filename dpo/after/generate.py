@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TextStreamer
 
+from dpo import run_folder
 from dpo.after.finished import FinishedRun
 from dpo.after.output import check_output
 from dpo.after.prompts import Prompt, opening
@@ -71,8 +72,8 @@ class Speakers:
 
     def __init__(self, path: Path, side: str | None = None, weights: str | None = None):
         self._models: dict[str, Callable[[], AbstractContextManager[nn.Module]]]
-        if (path / "config.yaml").exists():
-            run = FinishedRun(path, weights or "final")
+        if (path / run_folder.CONFIG).exists():
+            run = FinishedRun(path, weights or run_folder.FINAL)
             self.weights, config, self._tokenizer = run.weights, run.config, run.tokenizer
             self._models = {
                 "base": run.before,

@@ -5,9 +5,10 @@ too far. These look elsewhere. docs/diagnostics.md shows each of them on a real 
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+
+from dpo.run_folder import Line
 
 WINDOW = 10  # logged training steps that a finding looks back on: one step's pairs are few
 DISPLACEMENT = 0.05  # nats that the chosen answers lost, on average
@@ -15,8 +16,6 @@ KL_PER_TOKEN = 0.5  # nats of KL per generated token; the quickstart's good runs
 LENGTH_DRIFT = 0.2  # share by which the answers became longer or shorter
 RANKING_GAP = 0.25  # reward accuracy minus ranking accuracy,
 RANKING_RISE = 0.05  # once the latter rises less than this over two evaluations
-
-Line = Mapping[str, Any]  # of metrics.jsonl: "step", and metrics by name
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import numpy as np
 from dpo.evaluate.statistics import spread
 from dpo.metrics import by_chart, metric
 from dpo.report.charts import Chart, Series, curve, number
-from dpo.report.logs import Line, RunLogs
+from dpo.report.logs import RunLogs
+from dpo.run_folder import Line
 
 MAX_SCATTERED = 400  # pairs in the chart of reward against length, evenly over all of them
 _LN_2 = math.log(2)

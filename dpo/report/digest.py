@@ -12,7 +12,8 @@ from dpo.evaluate.diagnostics import Finding, diagnose
 from dpo.metrics import Metric, metric
 from dpo.report.charts import number
 from dpo.report.length_bias import length_bias
-from dpo.report.logs import Line, RunLogs
+from dpo.report.logs import RunLogs
+from dpo.run_folder import Line
 
 SAMPLES_SHOWN = 3  # of each kind
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from dpo import run_folder
 from dpo.errors import UserError
 from dpo.report import comparison, curves, digest
 from dpo.report.charts import Chart, number
@@ -26,13 +27,13 @@ TEXT_SHOWN = 600  # characters of a prompt or an answer; the rest is folded
 _BESIDE = Path(__file__).parent
 
 
-def write_report(run_folder: Path, output: Path | None = None) -> Path:
+def write_report(folder: Path, output: Path | None = None) -> Path:
     """Writes the report of a run, by default as `report.html` into its folder; returns its path.
 
     Raises:
         UserError: the folder holds no run, a file in it is broken, or the page cannot be written.
     """
-    run = read_logs(run_folder)
+    run = read_logs(folder)
     charts = {
         "curves": curves.training_curves(run),
         "pairs": curves.held_out_charts(run),
@@ -56,18 +57,18 @@ def write_report(run_folder: Path, output: Path | None = None) -> Path:
         changed=digest.changed_keys(run),
         config_text=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
     )
-    return _write(output or run_folder / "report.html", page)
+    return _write(output or folder / run_folder.REPORT, page)
 
 
-def write_comparison(run_folders: Sequence[Path], output: Path) -> Path:
+def write_comparison(folders: Sequence[Path], output: Path) -> Path:
     """Writes one page that puts several runs beside each other; returns its path.
 
     Raises:
         UserError: as `write_report`, or there are fewer than two runs.
     """
-    if len(run_folders) < 2:
-        raise UserError(f"got {len(run_folders)} run to compare, wanted two or more. Name them.")
-    runs = comparison.name_apart([read_logs(folder) for folder in run_folders], run_folders)
+    if len(folders) < 2:
+        raise UserError(f"got {len(folders)} run to compare, wanted two or more. Name them.")
+    runs = comparison.name_apart([read_logs(folder) for folder in folders], folders)
     charts = {
         "frontier": comparison.frontier(runs),
         "curves": comparison.overlaid_curves(runs),

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
+from dpo import run_folder
 from dpo.config import Config
 from dpo.data.loader import Pairs
 from dpo.errors import UserError
@@ -20,7 +21,7 @@ from dpo.evaluate.diagnostics import Watch
 from dpo.evaluate.evaluator import Evaluation, held_out_columns
 from dpo.losses import PairLogps, implicit_rewards
 from dpo.metrics import metric
-from dpo.report.logs import read_lines
+from dpo.run_folder import append_lines, read_lines
 from dpo.train.board import open_board, show_evaluation
 
 # The rows of the closing table.
@@ -35,8 +36,7 @@ class Tracker:
 
     def __init__(self, accelerator: Accelerator, folder: Path, watch: Watch):
         self._accelerator = accelerator
-        self._file, self._samples = folder / "metrics.jsonl", folder / "samples.jsonl"
-        self._held_out = folder / "held_out.jsonl"
+        self._file, self._samples, self._held_out = (folder / name for name in run_folder.LOGS)
         self._bar: tqdm[Any] | None = None
         self._writer: SummaryWriter | None = None
         self._watch = watch
@@ -79,7 +79,7 @@ class Tracker:
         if not self._accelerator.is_main_process:
             return
         line = {"step": step, **metrics}
-        _append(self._file, [line])
+        append_lines(self._file, [line])
         self._accelerator.log(metrics, step=step)
         for finding in self._watch.see(line):
             self.say(str(finding))
@@ -111,8 +111,9 @@ class Tracker:
         self.log(step, evaluation.metrics)
         if not self._accelerator.is_main_process:
             return
-        _append(self._samples, [{"step": step, **sample} for sample in evaluation.samples])
-        _append(self._held_out, [{"step": step, **held_out_columns(held_out, evaluation.logps)}])
+        append_lines(self._samples, [{"step": step, **sample} for sample in evaluation.samples])
+        columns = held_out_columns(held_out, evaluation.logps)
+        append_lines(self._held_out, [{"step": step, **columns}])
         if self._writer:
             chosen, rejected = implicit_rewards(evaluation.logps, beta=beta)
             histograms = {
@@ -141,11 +142,6 @@ class Tracker:
         """So that what is printed next stands below it."""
         if self._bar is not None:
             self._bar.close()
-
-
-def _append(file: Path, lines: list[dict[str, Any]]) -> None:
-    with file.open("a") as log:
-        log.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def check_trackers(report_to: str | list[str]) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dpo import run_folder
 from dpo.config import Config, TrainConfig, save
 from dpo.data.loader import balance, load_data, micro_batches, step_indices
 from dpo.data.stream import Stream, TokenizedPair, build_stream
@@ -152,9 +153,10 @@ class Run:
         if accelerator.is_main_process:
             checkpoints.prepare_run_folder(self.folder, resume_from)
             self.tracker.rewind(self.start_step)
-            save(config, self.folder / "config.yaml")
-            (self.folder / "data_report.json").write_text(json.dumps(self.data.report, indent=1))
-            (self.folder / "header.txt").write_text(header(self) + "\n")
+            save(config, self.folder / run_folder.CONFIG)
+            report = json.dumps(self.data.report, indent=1)
+            (self.folder / run_folder.DATA_REPORT).write_text(report)
+            (self.folder / run_folder.HEADER).write_text(header(self) + "\n")
         self.tracker.say(header(self))
         self.tracker.start(config, self.start_step, self.total_steps)
 
@@ -323,7 +325,7 @@ class Run:
         """Writes `final/` and `summary.json`, and prints the held-out figures before and after."""
         self.share_reference()
         if self.accelerator.is_main_process:
-            final = self.folder / "final"
+            final = self.folder / run_folder.FINAL
             checkpoints.save_weights(self.policy.model, final)
             self.tokenizer.save_pretrained(final)
             self.tracker.close_bar()
@@ -331,8 +333,8 @@ class Run:
             before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
             summary = {"before": before, "after": after}
             tokens = self._token_rewards()
-            (self.folder / "token_rewards.json").write_text(json.dumps(tokens, indent=1))
-            (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+            (self.folder / run_folder.TOKEN_REWARDS).write_text(json.dumps(tokens, indent=1))
+            (self.folder / run_folder.SUMMARY).write_text(json.dumps(summary, indent=1))
             if evaluations:
                 old, new = (self.tracker.samples_at(line["step"]) for line in (before, after))
                 print(f"\n{closing_table(before, after)}\n\n{side_by_side(old, new)}")
@@ -400,10 +402,10 @@ class Run:
         value = metrics[name]
         if self.best is None or is_better(name, value, self.best):
             self.best = value
-            best = self.folder / "best"
+            best = self.folder / run_folder.BEST
             checkpoints.save_weights(self.policy.model, best)
             self.tokenizer.save_pretrained(best)
-            (best / "metric.json").write_text(json.dumps({"step": step, name: value}))
+            (best / run_folder.BEST_METRIC).write_text(json.dumps({"step": step, name: value}))
 
     def _token_rewards(self) -> list[dict[str, Any]]:
         """Some held-out pairs, token by token, under the weights as they are now."""
