@@ -30,8 +30,8 @@ MERGED = "merged"
 TOKEN_REWARDS = "token_rewards.json"
 SUMMARY = "summary.json"  # held-out metrics before and after: the run is finished
 REPORT = "report.html"
-# Written by scripts/evaluate.py, each by itself, with the weights that it measured.
-EVALUATIONS = ("held_out.json", "win_rate.json", "lm_eval.json")
+# Written by scripts/evaluate.py: a file for each part that it measures.
+MEASURED = {"held_out": "held_out.json", "win_rate": "win_rate.json", "lm_eval": "lm_eval.json"}
 JUDGED = "judged.jsonl"  # the answers behind the win rate
 
 Line = dict[str, Any]

@@ -16,8 +16,8 @@ from dpo.run_folder import (
 )
 
 ROOT = Path(__file__).parents[1]
-CONSTANTS = {value for name, value in vars(run_folder).items() if name.isupper()}
-NAMES = {name for value in CONSTANTS for name in (value if isinstance(value, tuple) else [value])}
+OWN = [value for name, value in vars(run_folder).items() if name.isupper() and name[0] != "_"]
+NAMES = {*run_folder.MEASURED.values(), *(value for value in OWN if isinstance(value, str))}
 FILES = {name for name in NAMES if "." in name}
 FOLDERS = NAMES - FILES
 

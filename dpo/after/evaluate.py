@@ -40,7 +40,6 @@ from dpo.model.reference import Reference, choose_mode
 from dpo.model.scorer import Scorer
 from dpo.report.evaluation_tables import evaluation_tables
 
-_PARTS = ("held_out", "win_rate", "lm_eval")
 _NEEDS = {
     "data_format": "data_path",
     "judge_model": "judge",
@@ -88,20 +87,21 @@ class Options:
 
 
 def evaluate_run(folder: Path, options: Options) -> Iterator[str]:
-    """Measures, part by part; after each writes all figures so far, and yields what to print.
+    """Measures part by part; writes each part to its own file at once, and yields its tables.
 
-    The file keeps the parts that an earlier call measured of the same weights and that this one
-    does not; so each part carries its own options and versions. A figure that is not finite does
-    not lose the others: it is written as NaN or Infinity, which Python reads and strict JSON lacks.
+    A file says which weights were measured, with which options and versions. A value that is not
+    finite does not lose the others: it is written as NaN or Infinity, which Python reads and strict
+    JSON lacks.
 
     Raises:
         UserError: an option that cannot be honoured, or no pairs to measure on.
     """
-    # What may be misspelt comes before what takes long.
+    # Check everything that can be misspelt before the slow work.
     options.check()
     read_run(folder)
-    output = options.output or folder / "evaluation.json"
-    check_output(output)
+    output = options.output or folder
+    for name in (*run_folder.MEASURED.values(), run_folder.JUDGED):
+        check_output(output / name)
     judge = load_judge(options.judge, options.judge_model) if options.judge else None
     names = [name.strip() for name in (options.lm_eval or "").split(",") if name.strip()]
     tasks = load_tasks(names, options.include_path) if names else []
@@ -113,58 +113,35 @@ def evaluate_run(folder: Path, options: Options) -> Iterator[str]:
             "in --data_path, in any format that training reads; or train with data.eval_fraction "
             "or data.eval_path."
         )
-
-    def measured() -> Iterator[dict[str, Any]]:
-        if len(pairs):
-            yield {"held_out": {"rows": rows, **measure_pairs(run, pairs, options)}}
-        if judge:
-            file = output.parent / run_folder.JUDGED
-            yield {"win_rate": measure_win_rate(run, pairs, judge, options, file)}
-        if tasks:
-            size, limit = options.batch_size, options.limit
-            yield {"lm_eval": run_harness(run, tasks, batch_size=size, limit=limit)}
-
     about = {
         "run": str(folder),
         "weights": options.weights,
         "sha256": file_sums(run.weights, "*.safetensors"),
-    }
-    how = {
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
         "versions": _versions(bool(tasks)),
     }
-    yield from _written(output, about, how, measured())
+    if len(pairs):
+        results = {"rows": rows, **measure_pairs(run, pairs, options)}
+        yield from _written(output, "held_out", about | results)
+    if judge:
+        results = measure_win_rate(run, pairs, judge, options, output / run_folder.JUDGED)
+        yield from _written(output, "win_rate", about | results)
+    if tasks:
+        results = run_harness(run, tasks, batch_size=options.batch_size, limit=options.limit)
+        yield from _written(output, "lm_eval", about | results)
 
 
-def _written(
-    output: Path, about: dict[str, Any], how: dict[str, Any], measured: Iterator[dict[str, Any]]
-) -> Iterator[str]:
-    """Writes the file after each part that is measured; yields its tables, at last what is kept."""
-    was_there, earlier, now = output.exists(), _parts_of(output, about["sha256"]), {}
-    for part in measured:
-        now |= {name: figures | how for name, figures in part.items()}
-        output.write_text(json.dumps(about | earlier | now, indent=1) + "\n")
-        yield from map(str, evaluation_tables(part))
-    yield f"All figures are in {output}."
-    if kept := [name for name in earlier if name not in now]:
-        yield f"Of an earlier call: {', '.join(kept)}."
-    if anew := [name for name in earlier if name in now]:
-        yield f"Measured anew, in place of an earlier call's: {', '.join(anew)}."
-    if was_there and not earlier:
-        yield "What it held before was not measured on these weights, and is replaced."
+def _written(output: Path, part: str, results: dict[str, Any]) -> Iterator[str]:
+    """Writes the file of one part; yields its tables, and where the file is."""
+    file = output / run_folder.MEASURED[part]
+    text = json.dumps(results, indent=1)
+    file.write_text(text + "\n")
+    yield from map(str, evaluation_tables({part: results}))
+    yield f"All of it is in {file}."
     not_finite: list[str] = []
-    json.loads(output.read_text(), parse_constant=not_finite.append)
+    json.loads(text, parse_constant=not_finite.append)
     if not_finite:
         yield f"Not finite: {len(not_finite)} of them. Strict readers of JSON refuse the file."
-
-
-def _parts_of(output: Path, sums: dict[str, str]) -> dict[str, Any]:
-    """What an earlier call measured, if it measured the same weights."""
-    try:
-        old = json.loads(output.read_text())
-        return {name: old[name] for name in _PARTS if name in old} if old["sha256"] == sums else {}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or of something else
-        return {}
 
 
 def _pairs(run: FinishedRun, options: Options) -> tuple[Pairs, str]:

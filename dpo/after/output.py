@@ -19,6 +19,6 @@ def check_output(file: Path) -> None:
             file.open("ab").close()
     except OSError as error:
         raise UserError(
-            f"--output: {file} cannot be written ({error.strerror}). Name a file, in a folder that "
-            "exists."
+            f"--output: {file} cannot be written ({error.strerror}). Name another, in a "
+            "folder that exists."
         ) from None

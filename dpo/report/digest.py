@@ -222,6 +222,17 @@ def changed_keys(run: RunLogs) -> list[tuple[str, str, str]]:
     ]
 
 
+def measured_weights(run: RunLogs) -> str:
+    """Which weights scripts/evaluate.py measured, and whether they are the same for every part."""
+    folders = {part: f"{results['weights']}/" for part, results in run.measured.items()}
+    sums = [results["sha256"] for results in run.measured.values()]
+    if any(other != sums[0] for other in sums):
+        each = ", ".join(f"{part} with those in {folder}" for part, folder in folders.items())
+        return f"scripts/evaluate.py measured the parts with different weights: {each}."
+    same = " and ".join(dict.fromkeys(folders.values()))
+    return f"What scripts/evaluate.py measured, with the weights in {same}."
+
+
 def audits(report: Line) -> list[tuple[str, Line, list[tuple[str, str, int, Sequence[Any]]]]]:
     """(whose rows, counts, [(what happened, why, count, row numbers)]) for each audited source."""
     sources = [("Training rows", report)] if report else []

@@ -7,15 +7,11 @@ from dpo.evaluate.statistics import QUANTILES
 from dpo.table import Row, Table
 
 
-def evaluation_tables(evaluation: dict[str, Any]) -> Iterator[Table]:
-    """Every table of an evaluation.json, for the parts that it has."""
-    for part, tables in (
-        ("held_out", held_out_tables),
-        ("win_rate", win_rate_tables),
-        ("lm_eval", harness_tables),
-    ):
-        if part in evaluation:
-            yield from tables(evaluation[part])
+def evaluation_tables(measured: dict[str, dict[str, Any]]) -> Iterator[Table]:
+    """The tables of each part that scripts/evaluate.py measured."""
+    tables = {"held_out": held_out_tables, "win_rate": win_rate_tables, "lm_eval": harness_tables}
+    for part, results in measured.items():
+        yield from tables[part](results)
 
 
 def held_out_tables(held_out: dict[str, Any]) -> Iterator[Table]:

@@ -23,7 +23,8 @@ class RunLogs:
         evaluations: those of them that are evaluations; the first is the one before training.
         samples: lines of samples.jsonl.
         held_out: the first and the last line of held_out.jsonl.
-        token_rewards, data_report, evaluation: those JSON files.
+        token_rewards, data_report: those JSON files.
+        measured: what scripts/evaluate.py measured, by part.
         header: header.txt.
     """
 
@@ -35,7 +36,7 @@ class RunLogs:
     held_out: list[Line]
     token_rewards: list[Line]
     data_report: Line
-    evaluation: Line
+    measured: dict[str, Line]
     header: str
 
     @property
@@ -76,7 +77,11 @@ def read_logs(folder: Path) -> RunLogs:
         held_out=read_lines(folder / run_folder.HELD_OUT, ends=True),
         token_rewards=read_whole(folder / run_folder.TOKEN_REWARDS, []),
         data_report=read_whole(folder / run_folder.DATA_REPORT, {}),
-        evaluation=read_whole(folder / "evaluation.json", {}),
+        measured={
+            part: read_whole(folder / name, {})
+            for part, name in run_folder.MEASURED.items()
+            if (folder / name).exists()
+        },
         header=read_text(folder / run_folder.HEADER),
     )
 

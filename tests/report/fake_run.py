@@ -16,7 +16,7 @@ STEPS = 20
 BETA = 0.5
 FILES = (
     "config.yaml metrics.jsonl summary.json samples.jsonl held_out.jsonl token_rewards.json "
-    "data_report.json evaluation.json header.txt"
+    "data_report.json held_out.json header.txt"
 ).split()
 
 
@@ -152,7 +152,7 @@ def fake_run(
     }
     trained = [training_line(step) for step in range(1, steps + 1)]
     lines = sorted([*evaluations, *trained], key=lambda line: line["step"])
-    evaluation = {"run": str(folder), "weights": "final", "held_out": evaluated(text)}
+    weights = {"run": str(folder), "weights": "final", "sha256": {"model.safetensors": "0" * 64}}
     last = evaluations[-1]["step"]
     put(folder / "config.yaml", yaml.safe_dump(config, allow_unicode=True))
     put(folder / "metrics.jsonl", jsonl(lines))
@@ -161,7 +161,7 @@ def fake_run(
     put(folder / "held_out.jsonl", jsonl([held_out(s, margins, lengths) for s in (0, last)]))
     put(folder / "token_rewards.json", json.dumps(token_rewards(text)))
     put(folder / "data_report.json", json.dumps(report(text)))
-    put(folder / "evaluation.json", json.dumps(evaluation))
+    put(folder / "held_out.json", json.dumps(weights | evaluated(text)))
     put(folder / "header.txt", f"torch 2.13 {text}\n")
     return folder
 
