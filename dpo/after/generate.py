@@ -21,7 +21,7 @@ from transformers import TextStreamer
 from dpo import run_folder
 from dpo.after.finished import FinishedRun
 from dpo.after.output import check_output
-from dpo.after.prompts import Prompt, opening
+from dpo.after.prompts import Prompt, system_messages
 from dpo.config import Config, ModelConfig
 from dpo.data.chat import choose_template, stop_ids
 from dpo.data.formats import IM_START, Message
@@ -73,13 +73,14 @@ class Speakers:
     def __init__(self, path: Path, side: str | None = None, weights: str | None = None):
         self._models: dict[str, Callable[[], AbstractContextManager[nn.Module]]]
         if (path / run_folder.CONFIG).exists():
-            run = FinishedRun(path, weights or run_folder.FINAL)
-            self.weights, config, self._tokenizer = run.weights, run.config, run.tokenizer
+            finished = FinishedRun(path, weights or run_folder.FINAL)
+            self.weights, self._tokenizer = finished.weights, finished.tokenizer
+            config = finished.config
             self._models = {
-                "base": run.before,
-                "policy": lambda: nullcontext(run.policy.model),
+                "base": finished.before,
+                "policy": lambda: nullcontext(finished.policy.model),
             }
-            model: Any = run.policy.model
+            model: Any = finished.policy.model
         else:
             _refuse_as_model(path, side, weights)
             settings = ModelConfig(
@@ -257,11 +258,11 @@ def chat(speakers: Speakers, system: str, seed: int, sampling: Sampling) -> None
         import readline  # noqa: F401  # input() then edits its line and remembers the last ones
 
     print("/reset forgets the conversation, /quit or Ctrl-D ends it.")
-    histories = {side: opening(system) for side in speakers.sides}
+    histories = {side: system_messages(system) for side in speakers.sides}
     try:
         while (said := input("\nyou: ").strip()) != "/quit":
             if said == "/reset":
-                histories = {side: opening(system) for side in speakers.sides}
+                histories = {side: system_messages(system) for side in speakers.sides}
             elif said.startswith("/"):
                 print(f"{said} is neither /reset nor /quit")
             elif said:

@@ -110,7 +110,7 @@ def _build(manager: Any, name: str) -> list[Any]:
 
 
 def run_harness(
-    run: FinishedRun, tasks: Sequence[LoadedTask], *, batch_size: int, limit: int | None = None
+    finished: FinishedRun, tasks: Sequence[LoadedTask], *, batch_size: int, limit: int | None = None
 ) -> dict[str, Any]:
     """Runs every task on policy and base; only the first `limit` documents of each, if given.
 
@@ -122,9 +122,9 @@ def run_harness(
     rows: list[dict[str, Any]] = []
     tables: dict[str, list[str]] = {"base": [], "policy": []}
     for task in tasks:
-        policy = _evaluate(run, run.policy.model, task, batch_size, limit)
-        with run.before() as model:
-            base = _evaluate(run, model, task, batch_size, limit)
+        policy = _evaluate(finished, finished.policy.model, task, batch_size, limit)
+        with finished.before() as model:
+            base = _evaluate(finished, model, task, batch_size, limit)
         for name, results in (("base", base), ("policy", policy)):
             column = "groups" if results.get("groups") else "results"
             tables[name].append(make_table(results, column))
@@ -133,13 +133,13 @@ def run_harness(
 
 
 def _evaluate(
-    run: FinishedRun, model: nn.Module, task: LoadedTask, batch_size: int, limit: int | None
+    finished: FinishedRun, model: nn.Module, task: LoadedTask, batch_size: int, limit: int | None
 ) -> dict[str, Any]:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    tokenizer = copy.deepcopy(run.tokenizer)  # HFLM may set its padding token
-    template = choose_template(tokenizer, run.config.data.chat_template)
+    tokenizer = copy.deepcopy(finished.tokenizer)  # HFLM may set its padding token
+    template = choose_template(tokenizer, finished.config.data.chat_template)
     of_model: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size}
     of_task: dict[str, Any] = {
         "task_manager": task.manager,  # without one it lists its own tasks again

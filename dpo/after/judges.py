@@ -33,7 +33,7 @@ from dpo.evaluate.statistics import length_controlled, wilson
 
 
 @dataclass(frozen=True)
-class Answers:
+class JudgedAnswers:
     """What a judge compares, as text; lengths in tokens, turn end included."""
 
     row: str
@@ -69,7 +69,7 @@ class FunctionJudge:
     function: Callable[[str, str, str, str], Any]
     workers: int = 1  # a function need not be safe to call from several threads
 
-    def __call__(self, answers: Answers) -> Verdict:
+    def __call__(self, answers: JudgedAnswers) -> Verdict:
         """Its verdict; UserError if it does not give a number from 0 to 1."""
         value = self.function(answers.prompt, answers.policy, answers.base, answers.chosen)
         if isinstance(value, int | float | np.number) and 0 <= value <= 1:
@@ -110,7 +110,7 @@ class EndpointJudge:
     wait: float = 1.0
     workers: int = 8
 
-    def __call__(self, answers: Answers) -> Verdict:
+    def __call__(self, answers: JudgedAnswers) -> Verdict:
         """The verdict over both orders; unclear if either reply holds none."""
         said = tuple(
             self._ask(answers.prompt, *order)
@@ -224,7 +224,7 @@ def load_judge(name: str, model: str | None = None) -> FunctionJudge | EndpointJ
 
 
 def judge_all(
-    judge: FunctionJudge | EndpointJudge, answers: Sequence[Answers], file: Path
+    judge: FunctionJudge | EndpointJudge, answers: Sequence[JudgedAnswers], file: Path
 ) -> list[Verdict]:
     """A verdict on each; `file` gets a line as each comes, for a person to read."""
     verdicts = []
@@ -237,7 +237,7 @@ def judge_all(
 
 
 def _verdicts(
-    judge: FunctionJudge | EndpointJudge, answers: Sequence[Answers]
+    judge: FunctionJudge | EndpointJudge, answers: Sequence[JudgedAnswers]
 ) -> Iterator[Verdict]:
     pool = ThreadPoolExecutor(judge.workers)
     try:
@@ -248,7 +248,9 @@ def _verdicts(
         pool.shutdown(cancel_futures=True)  # after an error nobody waits for the rest
 
 
-def win_rate_figures(answers: Sequence[Answers], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def win_rate_statistics(
+    answers: Sequence[JudgedAnswers], verdicts: Sequence[Verdict]
+) -> dict[str, Any]:
     """Win rate of the policy, a tie counted as half, over the clear verdicts; lengths over all."""
     clear = [(a, v.value) for a, v in zip(answers, verdicts, strict=True) if v.value is not None]
     values = np.array([value for _, value in clear])

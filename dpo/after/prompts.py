@@ -133,9 +133,9 @@ def _with_system(prompt: Prompt, system: str) -> Prompt:
         )
     if prompt.said[0]["role"] in SYSTEM_ROLES:
         return prompt
-    return Prompt([*opening(system), *prompt.said], prompt.where, prompt.tools)
+    return Prompt([*system_messages(system), *prompt.said], prompt.where, prompt.tools)
 
 
-def opening(system: str) -> list[Message]:
+def system_messages(system: str) -> list[Message]:
     """How a conversation begins: with the system message, if there is one."""
     return [{"role": "system", "content": system}] if system else []

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dpo.run_folder import Line
 
-WINDOW = 10  # logged training steps that a finding looks back on: one step's pairs are few
+LOOK_BACK = 10  # logged training steps that a finding looks back on: one step's pairs are few
 DISPLACEMENT = 0.05  # nats that the chosen answers lost, on average
 KL_PER_TOKEN = 0.5  # nats of KL per generated token; the quickstart's good runs stay below 0.1
 LENGTH_DRIFT = 0.2  # share by which the answers became longer or shorter
@@ -58,7 +58,7 @@ class Watch:
 
     def __init__(self, beta: float | None) -> None:
         self._beta = beta
-        self._recent: deque[Line] = deque(maxlen=WINDOW)
+        self._recent: deque[Line] = deque(maxlen=LOOK_BACK)
         self._before: Line = {}
         self._rankings: deque[float] = deque(maxlen=3)
         self._found: set[str] = set()
@@ -74,7 +74,7 @@ class Watch:
                 found += self._evaluation(line)
         elif "train/loss" in line:
             self._recent.append(line)
-            if len(self._recent) == WINDOW:
+            if len(self._recent) == LOOK_BACK:
                 found += self._training(int(line["step"]))
         new = [finding for finding in found if finding.key not in self._found]
         self._found |= {finding.key for finding in new}
@@ -82,14 +82,14 @@ class Watch:
 
     def _training(self, step: int) -> Iterator[Finding]:
         loss, accuracy, reward = (
-            sum(line[f"train/{name}"] for line in self._recent) / WINDOW
+            sum(line[f"train/{name}"] for line in self._recent) / LOOK_BACK
             for name in ("loss", "rewards/accuracies", "rewards/chosen")
         )
         if accuracy >= 0.99 and loss < 0.05:
             yield Finding(
                 "saturation",
                 step,
-                f"Over {WINDOW} logged steps the training loss is {loss:.3f} and the reward "
+                f"Over {LOOK_BACK} logged steps the training loss is {loss:.3f} and the reward "
                 f"accuracy {accuracy:.1%}.",
                 "The pairs hardly teach any more; what still moves the weights is a few of them.",
                 "Stop here, lower the learning rate, or look for pairs that are harder to tell "
@@ -100,7 +100,7 @@ class Watch:
             yield Finding(
                 "displacement",
                 step,
-                f"Over {WINDOW} logged steps the chosen answers of the training pairs are "
+                f"Over {LOOK_BACK} logged steps the chosen answers of the training pairs are "
                 f"{fall:.2f} nats less likely than before training.",
                 *_DISPLACEMENT,
             )

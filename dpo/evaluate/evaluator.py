@@ -28,12 +28,10 @@ from dpo.losses import LOSSES, PairLogps
 from dpo.metrics import PAIR_METRICS, pair_metrics
 from dpo.model.reference import Reference, Zero
 
-Answered = tuple[Sequence[int], Sequence[int], Sequence[int]]  # token ids: prompt and two answers
-
 
 @torch.no_grad()
 def score_pairs(
-    pairs: Sequence[TokenizedPair | Answered],
+    pairs: Sequence[TokenizedPair],
     scorer: nn.Module,
     reference: Reference,
     *,
@@ -41,11 +39,10 @@ def score_pairs(
     device: torch.device,
 ) -> PairLogps:
     """Log-probs of both answers of every pair, (pairs,) each, in the order given, on the CPU."""
-    items = [pair if isinstance(pair, TokenizedPair) else TokenizedPair(*pair) for pair in pairs]
-    num_tokens = [item.num_stream_tokens for item in items]
-    values = torch.zeros(len(fields(PairLogps)), len(items))
+    num_tokens = [pair.num_stream_tokens for pair in pairs]
+    values = torch.zeros(len(fields(PairLogps)), len(pairs))
     for positions in micro_batches(num_tokens, tokens_per_microbatch):
-        stream = build_stream([items[i] for i in positions]).to(device)
+        stream = build_stream([pairs[i] for i in positions]).to(device)
         logps = pair_logps(scorer(stream), reference(stream), stream.sequence_ids, stream.num_pairs)
         values[:, positions] = torch.stack([vars(logps)[f.name] for f in fields(logps)]).cpu()
     return PairLogps(*values)
@@ -108,7 +105,7 @@ class Evaluator:
         every = sorted(gather_object(rows))
         return PairLogps(*torch.tensor([values for _, *values in every]).unbind(1))
 
-    def _score(self, pairs: Sequence[TokenizedPair | Answered], reference: Reference) -> PairLogps:
+    def _score(self, pairs: Sequence[TokenizedPair], reference: Reference) -> PairLogps:
         budget = self.config.train.scoring_tokens
         return score_pairs(
             pairs, self.scorer, reference, tokens_per_microbatch=budget, device=self.device
@@ -131,7 +128,7 @@ class Evaluator:
             for t in (0.0, 1.0)
         )
         # Scored as pairs of (sampled, greedy) answers; the sampled ones give the KL.
-        answered = list(zip(prompts, sampled, greedy, strict=True))
+        answered = [TokenizedPair(*ids) for ids in zip(prompts, sampled, greedy, strict=True)]
         # Nobody will ask for these answers again: not through the cache.
         log_ratios = self._score(answered, self.live_reference).chosen_logratios.tolist()
         samples = [

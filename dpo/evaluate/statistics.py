@@ -86,7 +86,7 @@ def spread(total: int, wanted: int) -> np.ndarray:
     return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(int))
 
 
-def pair_figures(columns: Columns, *, beta: float) -> dict[str, Any]:
+def pair_statistics(columns: Columns, *, beta: float) -> dict[str, Any]:
     """Every figure of one group of pairs; shares in [0, 1], log-probs in nats, `_se` its error."""
     chosen, rejected = (
         beta * (columns[f"policy_{side}_logps"] - columns[f"ref_{side}_logps"])
@@ -139,8 +139,8 @@ def _ranking(columns: Columns, model: str, suffix: str) -> dict[str, Any]:
     }
 
 
-def group_figures(columns: Columns, *, beta: float) -> dict[str, dict[str, Any]]:
-    """`pair_figures` of all pairs, by source (where there are several), by length, by the longer.
+def group_statistics(columns: Columns, *, beta: float) -> dict[str, dict[str, Any]]:
+    """`pair_statistics` of all pairs, by source (if several), by length, by the longer answer.
 
     Lengths are tokens of both answers together, in thirds of about equally many pairs.
     """
@@ -161,10 +161,10 @@ def group_figures(columns: Columns, *, beta: float) -> dict[str, dict[str, Any]]
         },
     }
     return {
-        "all": pair_figures(columns, beta=beta),
+        "all": pair_statistics(columns, beta=beta),
         **{
             kind: {
-                name: pair_figures({key: c[mask] for key, c in columns.items()}, beta=beta)
+                name: pair_statistics({key: c[mask] for key, c in columns.items()}, beta=beta)
                 for name, mask in masks.items()
                 if mask.any()
             }

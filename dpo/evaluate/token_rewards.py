@@ -18,14 +18,14 @@ from dpo.evaluate.statistics import spread
 from dpo.losses import PairLogps, implicit_rewards
 from dpo.model.reference import Reference
 
-SPREAD, LOWEST = 6, 3  # pairs to show: evenly over all, and those with the lowest margin
+EVENLY, LOWEST = 6, 3  # pairs to show: evenly over all, and those with the lowest margin
 
 
 def pairs_to_show(logps: PairLogps, *, beta: float) -> list[tuple[int, str]]:
     """(index, why) of the pairs whose tokens are worth a look."""
     chosen, rejected = implicit_rewards(logps, beta=beta)
     lowest = (chosen - rejected).argsort()[:LOWEST].tolist()
-    evenly = [i for i in spread(len(chosen), SPREAD).tolist() if i not in lowest]
+    evenly = [i for i in spread(len(chosen), EVENLY).tolist() if i not in lowest]
     reasons = [(evenly, "spread over the held-out pairs"), (lowest, "lowest margin")]
     return [(index, why) for indices, why in reasons for index in indices]
 

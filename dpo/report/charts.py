@@ -24,7 +24,7 @@ RUN_LINES = ("-", "--", ":", "-.")
 DASHES = {"-": "", "--": "6 3", ":": "1.5 2.5", "-.": "6 3 1.5 3", "": ""}
 
 
-def number(value: int | float, *, percent: bool = False) -> str:
+def shown_number(value: int | float, *, percent: bool = False) -> str:
     """Four significant digits, or per cent with one decimal."""
     return f"{value:.1%}" if percent else f"{value:.4g}"
 
@@ -130,7 +130,7 @@ def curve(
             x=steps,
             y=values,
             at=[f"step {step:.0f}" for step in steps],
-            text=[number(value, percent=percent) for value in values],
+            text=[shown_number(value, percent=percent) for value in values],
         )
     x_buckets = np.array_split(np.asarray(steps, dtype=float), MAX_POINTS // 2)
     y_buckets = np.array_split(np.asarray(values, dtype=float), MAX_POINTS // 2)
@@ -144,8 +144,8 @@ def curve(
         y=means,
         at=[f"steps {bucket[0]:.0f} to {bucket[-1]:.0f}" for bucket in x_buckets],
         text=[
-            f"{number(mean, percent=percent)} "
-            f"({number(least, percent=percent)} to {number(most, percent=percent)})"
+            f"{shown_number(mean, percent=percent)} "
+            f"({shown_number(least, percent=percent)} to {shown_number(most, percent=percent)})"
             for mean, least, most in zip(means, low, high, strict=True)
         ],
         band=(low, high),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.metrics import metric
-from dpo.report.charts import MARKERS, RUN_COLOURS, RUN_LINES, Chart, Series, curve, number
+from dpo.report.charts import MARKERS, RUN_COLOURS, RUN_LINES, Chart, Series, curve, shown_number
 from dpo.report.digest import shown
 from dpo.report.logs import RunLogs
 
@@ -150,7 +150,7 @@ def frontier(runs: Sequence[RunLogs]) -> list[Chart]:
                 y=[line[key] for line in points],
                 at=[f"{run.name}, step {line['step']}" for line in points],
                 text=[
-                    f"{number(line[key], percent=True)} {y_name}, KL {number(line['eval/kl'])}"
+                    f"{line[key]:.1%} {y_name}, KL {shown_number(line['eval/kl'])}"
                     for line in points
                 ],
             )

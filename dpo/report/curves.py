@@ -8,7 +8,7 @@ import numpy as np
 
 from dpo.evaluate.statistics import spread
 from dpo.metrics import by_chart, metric
-from dpo.report.charts import Chart, Series, curve, number
+from dpo.report.charts import Chart, Series, curve, shown_number
 from dpo.report.logs import RunLogs
 from dpo.run_folder import Line
 
@@ -24,21 +24,21 @@ _CURVES = (
 _SPEED = "tokens_per_second pairs_per_second memory_gib".split()
 
 
-def training_curves(run: RunLogs) -> list[Chart]:
+def training_curves(logs: RunLogs) -> list[Chart]:
     """The curves of the article, and those that tell whether to believe them."""
-    return _curves(run, _CURVES)
+    return _curves(logs, _CURVES)
 
 
-def speed_curves(run: RunLogs) -> list[Chart]:
+def speed_curves(logs: RunLogs) -> list[Chart]:
     """Throughput and memory."""
-    return _curves(run, _SPEED)
+    return _curves(logs, _SPEED)
 
 
-def _curves(run: RunLogs, chosen: Sequence[str]) -> list[Chart]:
+def _curves(logs: RunLogs, chosen: Sequence[str]) -> list[Chart]:
     charts = []
     for title, names in by_chart(chosen).items():
         percent = metric(names[0]).is_share
-        series = list(_train_and_held_out(run, names, percent))
+        series = list(_train_and_held_out(logs, names, percent))
         if series:
             note = " ".join(metric(name).meaning for name in names)
             level = (_LN_2, "ln 2") if names == ["loss"] and _starts_at_ln_2(series) else None
@@ -48,10 +48,10 @@ def _curves(run: RunLogs, chosen: Sequence[str]) -> list[Chart]:
     return charts
 
 
-def _train_and_held_out(run: RunLogs, names: Sequence[str], percent: bool) -> Iterator[Series]:
+def _train_and_held_out(logs: RunLogs, names: Sequence[str], percent: bool) -> Iterator[Series]:
     for prefix, where in (("train", "training"), ("eval", "held out")):
         for metric_name in names:
-            steps, values = run.values(f"{prefix}/{metric_name}")
+            steps, values = logs.values(f"{prefix}/{metric_name}")
             if not steps:
                 continue
             side = metric_name.rpartition("/")[2]
@@ -73,13 +73,13 @@ def _starts_at_ln_2(series: Sequence[Series]) -> bool:
     return abs(float(series[-1].y[0]) - _LN_2) < 0.02
 
 
-def held_out_charts(run: RunLogs) -> list[Chart]:
+def held_out_charts(logs: RunLogs) -> list[Chart]:
     """Margins, log-prob gaps before and after, and reward against length, pair by pair."""
-    if not run.held_out or run.beta is None or not run.held_out[-1]["row"]:
+    if not logs.held_out or logs.beta is None or not logs.held_out[-1]["row"]:
         return []
-    before, after = run.held_out
+    before, after = logs.held_out
     lines = [after] if before["step"] == after["step"] else [after, before]
-    rewards = [pair_rewards(line, run.beta) for line in lines]
+    rewards = [pair_rewards(line, logs.beta) for line in lines]
     margins = [sides["chosen"] - sides["rejected"] for sides in rewards]
     gaps = [
         np.subtract(line["policy_chosen_logps"], line["policy_rejected_logps"]) for line in lines
@@ -162,7 +162,7 @@ def _reward_against_length(line: Line, rewards: dict[str, np.ndarray]) -> Chart:
                     f"row {line['row'][i]}, {n:g} tokens"
                     for i, n in zip(shown, lengths, strict=True)
                 ],
-                text=[number(value) for value in values],
+                text=[shown_number(value) for value in values],
             )
         )
     thinned = "" if len(shown) == total else f" {len(shown)} of {total} pairs, evenly over them."

@@ -10,7 +10,7 @@ import numpy as np
 from dpo.config import Config
 from dpo.evaluate.diagnostics import Finding, diagnose
 from dpo.metrics import Metric, metric
-from dpo.report.charts import number
+from dpo.report.charts import shown_number
 from dpo.report.length_bias import length_bias
 from dpo.report.logs import RunLogs
 from dpo.run_folder import Line
@@ -57,14 +57,14 @@ def _change(difference: int | float, shown: Metric) -> str:
     return format(difference, f"+{shown.format}")
 
 
-def opening(run: RunLogs) -> list[str]:
+def about(logs: RunLogs) -> list[str]:
     """Model, rows, loss and length of the run, as far as they are known."""
-    model, data, loss = (run.config.get(section, {}) for section in ("model", "data", "loss"))
+    model, data, loss = (logs.config.get(section, {}) for section in ("model", "data", "loss"))
     parts = [model.get("name_or_path", ""), shown(data.get("name_or_path", ""))]
-    if run.beta is not None:
-        parts.append(f"{loss['type']} loss, beta {run.beta:g}")
-    if run.metrics:
-        last = max(line["step"] for line in run.metrics)
+    if logs.beta is not None:
+        parts.append(f"{loss['type']} loss, beta {logs.beta:g}")
+    if logs.metrics:
+        last = max(line["step"] for line in logs.metrics)
         parts.append(f"{last} step{'s' * (last != 1)}")
     return [part for part in parts if part]
 
@@ -80,30 +80,31 @@ def shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
-def verdict(run: RunLogs) -> str:
+def verdict(logs: RunLogs) -> str:
     """What came of it in a sentence: by the truth where it is known, else by held-out pairs."""
-    if len(run.evaluations) >= 2:
-        return _held_out_verdict(run, run.evaluations[0], run.evaluations[-1])
-    _, losses = run.values("train/loss")
+    if len(logs.evaluations) >= 2:
+        return _held_out_verdict(logs, logs.evaluations[0], logs.evaluations[-1])
+    _, losses = logs.values("train/loss")
     if not losses:
         return "Nothing has been logged yet."
+    first, last = shown_number(losses[0]), shown_number(losses[-1])
     return (
         "No held-out pair was looked at before and after, so this can only say how the training "
-        f"pairs were fitted: loss {number(losses[0])} at first, {number(losses[-1])} at last."
+        f"pairs were fitted: loss {first} at first, {last} at last."
     )
 
 
-def _held_out_verdict(run: RunLogs, before: Line, after: Line) -> str:
+def _held_out_verdict(logs: RunLogs, before: Line, after: Line) -> str:
     """A difference between shares counts when it is larger than two standard errors."""
-    accuracy, pairs = after["eval/rewards/accuracies"], run.data_report.get("pairs_held_out", 0)
+    accuracy, pairs = after["eval/rewards/accuracies"], logs.data_report.get("pairs_held_out", 0)
     ranks = f"the rewards rank {accuracy:.1%} of {pairs or 'the'} held-out pairs as labelled"
     away = ""
     if "eval/kl" in after:
         away = f"; the policy is {after['eval/kl']:.2f} nats of KL per answer from its reference"
     if "eval/exact_match" in before and "eval/exact_match" in after:
-        asked = sum(line["step"] == after["step"] for line in run.samples) or 1
-        return _verdict_by_truth(run.evaluations, asked) + f" {ranks.capitalize()}{away}."
-    if not _has_reference(run):
+        asked = sum(line["step"] == after["step"] for line in logs.samples) or 1
+        return _verdict_by_truth(logs.evaluations, asked) + f" {ranks.capitalize()}{away}."
+    if not _has_reference(logs):
         ranked, was = after["eval/ranking_accuracy"], before["eval/ranking_accuracy"]
         return (
             f"Trained without a reference: the policy ranks {ranked:.1%} of {pairs or 'the'} "
@@ -134,17 +135,17 @@ def _differ(one: float, other: float, count: int) -> bool:
     return abs(one - other) > 2 * math.sqrt((one * (1 - one) + other * (1 - other)) / count)
 
 
-def findings(run: RunLogs) -> list[Finding]:
+def findings(logs: RunLogs) -> list[Finding]:
     """What the metrics give away, and what the lengths of the answers do."""
-    beta = run.beta if _has_reference(run) else None
-    return [*diagnose(run.metrics, beta), *length_bias(run)]
+    beta = logs.beta if _has_reference(logs) else None
+    return [*diagnose(logs.metrics, beta), *length_bias(logs)]
 
 
-def _has_reference(run: RunLogs) -> bool:
-    return run.config.get("reference", {}).get("mode") != "zero"
+def _has_reference(logs: RunLogs) -> bool:
+    return logs.config.get("reference", {}).get("mode") != "zero"
 
 
-def token_pairs(run: RunLogs) -> tuple[list[Line], float]:
+def token_pairs(logs: RunLogs) -> tuple[list[Line], float]:
     """Pairs with their answers as (text, reward, strength from -1 to 1), and the scale's end.
 
     The scale ends at the 98th percentile of the absolute rewards: one outlier would wash out all
@@ -152,14 +153,14 @@ def token_pairs(run: RunLogs) -> tuple[list[Line], float]:
     """
     rewards = [
         abs(reward)
-        for pair in run.token_rewards
+        for pair in logs.token_rewards
         for side in ("chosen", "rejected")
         for reward in pair[side]["rewards"]
         if reward is not None
     ]
     end = float(np.quantile(rewards, 0.98)) if rewards else 0.0
     pairs = []
-    for pair in run.token_rewards:
+    for pair in logs.token_rewards:
         answers = {side: _answer(pair[side], end) for side in ("chosen", "rejected")}
         pairs.append({**pair, **answers})
     return pairs, end
@@ -180,19 +181,19 @@ def _answer(answer: Line, end: float) -> dict[str, Any]:
     return {"pieces": pieces, "sum": sum(r for r in answer["rewards"] if r is not None)}
 
 
-def samples_by_kind(run: RunLogs) -> list[dict[str, Any]]:
+def samples_by_kind(logs: RunLogs) -> list[dict[str, Any]]:
     """Prompts with the answers of the first and the last evaluation, some of each kind.
 
     Where one answer is right, the kinds are broken, still wrong, fixed and right both times; else
     there is one kind. Each: `{"name", "count", "rows": [(before, after), ...]}`.
     """
-    if not run.samples:
+    if not logs.samples:
         return []
-    first, last = run.samples[0]["step"], run.samples[-1]["step"]
-    before = {line["index"]: line for line in run.samples if line["step"] == first}
-    after = [line for line in run.samples if line["step"] == last and line["index"] in before]
+    first, last = logs.samples[0]["step"], logs.samples[-1]["step"]
+    before = {line["index"]: line for line in logs.samples if line["step"] == first}
+    after = [line for line in logs.samples if line["step"] == last and line["index"] in before]
     rows = [(before[line["index"]], line) for line in after]
-    if not run.has_one_right_answer:
+    if not logs.has_one_right_answer:
         return [{"name": "", "count": len(rows), "rows": rows[: 3 * SAMPLES_SHOWN]}]
     kinds = (
         ("Right before, wrong now", True, False),
@@ -211,21 +212,21 @@ def samples_by_kind(run: RunLogs) -> list[dict[str, Any]]:
     ]
 
 
-def changed_keys(run: RunLogs) -> list[tuple[str, str, str]]:
+def changed_keys(logs: RunLogs) -> list[tuple[str, str, str]]:
     """(key, value, default) of every configured value that is not the default."""
     defaults = asdict(Config())
     return [
         (f"{section}.{key}", shown(value), shown(defaults.get(section, {}).get(key)))
-        for section, keys in run.config.items()
+        for section, keys in logs.config.items()
         for key, value in keys.items()
         if value != defaults.get(section, {}).get(key)
     ]
 
 
-def measured_weights(run: RunLogs) -> str:
+def measured_weights(logs: RunLogs) -> str:
     """Which weights scripts/evaluate.py measured, and whether they are the same for every part."""
-    folders = {part: f"{results['weights']}/" for part, results in run.measured.items()}
-    sums = [results["sha256"] for results in run.measured.values()]
+    folders = {part: f"{results['weights']}/" for part, results in logs.measured.items()}
+    sums = [results["sha256"] for results in logs.measured.values()]
     if any(other != sums[0] for other in sums):
         each = ", ".join(f"{part} with those in {folder}" for part, folder in folders.items())
         return f"scripts/evaluate.py measured the parts with different weights: {each}."

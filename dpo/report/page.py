@@ -17,7 +17,7 @@ import yaml
 from dpo import run_folder
 from dpo.errors import UserError
 from dpo.report import comparison, curves, digest
-from dpo.report.charts import Chart, number
+from dpo.report.charts import Chart, shown_number
 from dpo.report.drawing import Drawing, draw
 from dpo.report.evaluation_tables import evaluation_tables
 from dpo.report.length_bias import length_rows
@@ -33,30 +33,30 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     Raises:
         UserError: the folder holds no run, a file in it is broken, or the page cannot be written.
     """
-    run = read_logs(folder)
+    logs = read_logs(folder)
     charts = {
-        "curves": curves.training_curves(run),
-        "pairs": curves.held_out_charts(run),
-        "speed": curves.speed_curves(run),
+        "curves": curves.training_curves(logs),
+        "pairs": curves.held_out_charts(logs),
+        "speed": curves.speed_curves(logs),
     }
-    token_pairs, scale_end = digest.token_pairs(run)
+    token_pairs, scale_end = digest.token_pairs(logs)
     page = _render(
         "report.html.j2",
         charts,
-        run=run,
-        opening=digest.opening(run),
-        verdict=digest.verdict(run),
-        before_and_after=digest.before_and_after(run),
-        findings=digest.findings(run),
+        logs=logs,
+        about=digest.about(logs),
+        verdict=digest.verdict(logs),
+        before_and_after=digest.before_and_after(logs),
+        findings=digest.findings(logs),
         token_pairs=token_pairs,
         scale_end=scale_end,
-        sample_kinds=digest.samples_by_kind(run),
-        length_rows=length_rows(run),
-        measured_weights=digest.measured_weights(run),
-        measured=list(evaluation_tables(run.measured)),
-        audits=digest.audits(run.data_report),
-        changed=digest.changed_keys(run),
-        config_text=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
+        sample_kinds=digest.samples_by_kind(logs),
+        length_rows=length_rows(logs),
+        measured_weights=digest.measured_weights(logs),
+        measured=list(evaluation_tables(logs.measured)),
+        audits=digest.audits(logs.data_report),
+        changed=digest.changed_keys(logs),
+        config_text=yaml.safe_dump(logs.config, sort_keys=False, allow_unicode=True),
     )
     return _write(output or folder / run_folder.REPORT, page)
 
@@ -95,7 +95,7 @@ def _render(template: str, charts: dict[str, list[Chart]], **context: Any) -> st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters["number"] = number
+    pages.filters["shown_number"] = shown_number
     pages.globals["TEXT_SHOWN"] = TEXT_SHOWN
     drawn: dict[str, list[Drawing]] = {
         place: [draw(chart, f"{place}-{i}") for i, chart in enumerate(wanted)]

@@ -46,7 +46,7 @@ class Stopwatch:
 
 
 @dataclass
-class Window:
+class LoggingInterval:
     """What is measured between two logs, apart from the pairs' own metrics.
 
     Args:

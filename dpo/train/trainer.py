@@ -45,7 +45,7 @@ from dpo.train.header import header
 from dpo.train.launch import build_accelerator, on_main
 from dpo.train.optim import build_optimizer, learning_rate
 from dpo.train.selfcheck import check_start, first_reference_logps
-from dpo.train.throughput import Stopwatch, Window
+from dpo.train.throughput import LoggingInterval, Stopwatch
 from dpo.train.tracking import (
     Tracker,
     check_trackers,
@@ -141,7 +141,7 @@ class Run:
         self.costs = costs(self.policy.model)
         self.stopwatch = Stopwatch(accelerator.device)
         known_peak = peak_tflops(device_name(accelerator.device))
-        self.window = Window(self.stopwatch, config.train.peak_tflops or known_peak)
+        self.window = LoggingInterval(self.stopwatch, config.train.peak_tflops or known_peak)
         state = checkpoints.resume(self, resume_from) if resume_from else {}
         self.start_step: int = state.get("step", 0)
         self.best: float | None = state.get("best")

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import yaml
 
-from dpo.evaluate.statistics import group_figures
+from dpo.evaluate.statistics import group_statistics
 
 NUMBERS = (
     "policy_chosen_logps policy_rejected_logps ref_chosen_logps ref_rejected_logps "
@@ -124,7 +124,7 @@ def evaluated(text):
     columns = dict.fromkeys(NUMBERS, -ones) | {"source": np.array([text] * 40)}
     columns |= {"policy_chosen_logps": np.where(np.arange(40) < 35, 0.0, -2.0)}
     columns |= {"chosen_lengths": 5 * ones, "rejected_lengths": 7 * ones}
-    figures = group_figures(columns, beta=BETA)
+    figures = group_statistics(columns, beta=BETA)
     return {"rows": text, "has_reference": True, "beta": BETA, **figures}
 
 
