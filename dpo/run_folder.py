@@ -57,20 +57,21 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def append_lines(file: Path, lines: Iterable[Line]) -> None:
-    """Appends each as a line of JSON."""
+    """Appends every line as JSON."""
     with file.open("a") as log:
         log.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def read_lines(file: Path, *, ends: bool = False) -> list[Line]:
     """All lines, or the first and the last; a last line that was cut off in writing is left out."""
-    lines = list(enumerate(read_text(file).split("\n")[:-1], start=1))  # text has other line ends
+    # splitlines() would also split at U+2028, which a text may contain.
+    lines = list(enumerate(read_text(file).split("\n")[:-1], start=1))
     lines = [*lines[:1], *lines[-1:]] if ends else lines
     return [_parse(line, f"{file}, line {number}", {}) for number, line in lines]
 
 
 def read_whole(file: Path, missing: Any, read: Callable[[str], Any] = json.loads) -> Any:
-    """What a file holds, of the type of `missing`; `missing` if there is no file."""
+    """What a file holds, which must be of the type of `missing`; `missing` if there is no file."""
     return _parse(read_text(file), str(file), missing, read) if file.exists() else missing
 
 
@@ -87,7 +88,7 @@ def read_text(file: Path) -> str:
 
 
 def _parse(text: str, where: str, like: Any, read: Callable[[str], Any] = json.loads) -> Any:
-    """What `text` holds; it must be of the type of `like`."""
+    """What `text` holds, which must be of the type of `like`."""
     try:
         value = read(text)
         if isinstance(value, type(like)):

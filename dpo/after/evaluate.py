@@ -1,8 +1,8 @@
-"""A finished run, measured: held-out pairs, win rate by a judge, lm-eval; base beside policy.
+"""Measures a finished run: held-out pairs, win rate by a judge, lm-eval; base beside policy.
 
 "Base" is the model before training: for a run that started from an adapter, with that adapter. It
-is the reference, unless the run had none; then rewards are the policy's own log-probs, as they were
-in training, and the KL is that to the model before training.
+is the reference, unless the run had none; then rewards are the policy's own log-probs, as in
+training, and the KL is that to the model before training.
 """
 
 import json
@@ -52,7 +52,7 @@ _NEEDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to measure, as scripts/evaluate.py's flags say; None is the run's own value."""
+    """What to measure: the flags of scripts/evaluate.py; None is the run's own value."""
 
     weights: str = run_folder.FINAL
     data_path: str | None = None
@@ -71,7 +71,7 @@ class Options:
     output: Path | None = None
 
     def check(self) -> None:
-        """Refuses numbers that mean nothing, and options that would do nothing."""
+        """Refuses numbers out of range, and options that would do nothing."""
         for name in ("prompts", "max_new_tokens", "limit", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -145,7 +145,7 @@ def _written(output: Path, part: str, results: dict[str, Any]) -> Iterator[str]:
 
 
 def _pairs(finished: FinishedRun, options: Options) -> tuple[Pairs, str]:
-    """The run's held-out pairs, or another file's by the run's template and lengths; in words."""
+    """The run's held-out pairs, or those of a file under the run's template; and what they are."""
     if options.data_path is None:
         return finished.data.held_out, "held out by the run"
     data = replace(
@@ -164,7 +164,7 @@ def _pairs(finished: FinishedRun, options: Options) -> tuple[Pairs, str]:
 
 
 def measure_pairs(finished: FinishedRun, pairs: Pairs, options: Options) -> dict[str, Any]:
-    """All figures of held-out pairs, by group; and whether the run had a reference."""
+    """The statistics of held-out pairs, by group; and whether the run had a reference."""
     has_reference = choose_mode(finished.config.reference.mode, finished.policy) != "zero"
     return {
         "has_reference": has_reference,
@@ -232,7 +232,7 @@ def measure_win_rate(
     options: Options,
     file: Path,
 ) -> dict[str, Any]:
-    """Both models answer the same prompts from the same seed, the judge compares; see `judges`."""
+    """Lets both models answer the same prompts from the same seed, and the judge compare them."""
     chosen = [int(i) for i in spread(len(pairs), options.prompts)]
     prompts = [pairs[i].prompt_ids for i in chosen]
     how = _sampling(finished, options, options.temperature)
@@ -257,7 +257,7 @@ def measure_win_rate(
         for i, by_base, by_policy in zip(chosen, base, policy, strict=True)
     ]
     figures: dict[str, Any] = {"judge": options.judge, "judged_answers": str(file)}
-    unfinished = file.with_suffix(".part")  # what was judged before stays until all is judged now
+    unfinished = file.with_suffix(".part")  # the old file stays until every answer is judged
     figures |= win_rate_statistics(answers, judge_all(judge, answers, unfinished))
     unfinished.replace(file)
     for side, written in (("base", base), ("policy", policy)):

@@ -1,7 +1,7 @@
 """A finished run, loaded again: the policy with its trained weights, and what it was before.
 
-Merging, generating, evaluating and reporting all start from a run folder. It says everything: which
-model, which rows, which template; so none of them has to be told again, or told differently.
+Merging, generating and evaluating start from a run folder, which says everything: the model, the
+rows, the template. So nothing has to be named again, or could be named differently.
 """
 
 from collections.abc import Iterator, Sequence
@@ -68,7 +68,7 @@ class FinishedRun:
 
     @cached_property
     def _before(self) -> Frozen | None:
-        """Loaded again, for a run that trained every weight; an adapter is switched off instead."""
+        """The model before training, loaded again; None for an adapter, which is switched off."""
         if hasattr(self.policy.model, "peft_config"):
             return None
         return Frozen(load_policy(self.config, self.device).model, self.scorer.layout)
@@ -84,7 +84,7 @@ class FinishedRun:
 
     @contextmanager
     def before(self) -> Iterator[nn.Module]:
-        """Inside, the model as it was before training; meanwhile an adapter is off."""
+        """Gives the model as it was before training; within the block, an adapter is off."""
         if self._before is not None:
             yield self._before.model
         else:
@@ -97,9 +97,9 @@ class FinishedRun:
         return load_data(self.config, self.tokenizer)
 
     def some_pairs(self, wanted: int) -> tuple[Sequence[TokenizedPair], str]:
-        """Up to `wanted` pairs evenly over the held-out ones, and what they are, in words.
+        """Up to `wanted` held-out pairs, evenly over all of them; and what they are, in words.
 
-        A run that held nothing out, as the article's, gives pairs that it trained on, and says so.
+        A run that held nothing out, like the article's, gives pairs that it trained on.
         """
         held_out = len(self.data.held_out) > 0
         pairs: Pairs = self.data.held_out if held_out else self.data.train

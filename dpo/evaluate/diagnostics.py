@@ -1,7 +1,7 @@
-"""What a run's own figures give away while there is still time: seen once, said once.
+"""Warnings that follow from a run's metrics while there is still time to act; each comes once.
 
-Loss, margin and reward accuracy look at the given answers only, and look best when a run has gone
-too far. These look elsewhere. docs/diagnostics.md shows each of them on a real run.
+Loss, margin and reward accuracy are about the given answers only, and are best when a run has gone
+too far. These warnings look at other metrics. docs/diagnostics.md shows each on a real run.
 """
 
 from collections import deque
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from dpo.run_folder import Line
 
-LOOK_BACK = 10  # logged training steps that a finding looks back on: one step's pairs are few
+LOOK_BACK = 10  # logged training steps that a finding averages, since one step has few pairs
 DISPLACEMENT = 0.05  # nats that the chosen answers lost, on average
 KL_PER_TOKEN = 0.5  # nats of KL per generated token; the quickstart's good runs stay below 0.1
 LENGTH_DRIFT = 0.2  # share by which the answers became longer or shorter
-RANKING_GAP = 0.25  # reward accuracy minus ranking accuracy,
-RANKING_RISE = 0.05  # once the latter rises less than this over two evaluations
+RANKING_GAP = 0.25  # reward accuracy minus ranking accuracy
+RANKING_RISE = 0.05  # of ranking accuracy over two evaluations; less means that it has stopped
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Finding:
     Attributes:
         key: its name in docs/diagnostics.md.
         step: where it was first seen.
-        saw: the figures.
+        saw: what was seen, with its values.
         means, try_this: one sentence each.
     """
 
@@ -49,11 +49,11 @@ def diagnose(lines: Iterable[Line], beta: float | None) -> list[Finding]:
 
 
 class Watch:
-    """Looks at one line of metrics after the other; each finding comes once.
+    """Reads one line of metrics after the other; returns each finding once.
 
     Args:
-        beta: of the run, to read rewards in nats; None if it had no reference, so that a reward is
-            no change of a log-prob.
+        beta: the run's, to convert rewards to nats; None for a run without a reference, where a
+            reward is not a change of a log-prob.
     """
 
     def __init__(self, beta: float | None) -> None:
@@ -64,7 +64,7 @@ class Watch:
         self._found: set[str] = set()
 
     def see(self, line: Line) -> list[Finding]:
-        """What is new in this line, which may be of training or of an evaluation."""
+        """The new findings in a line of training or of an evaluation."""
         found: list[Finding] = []
         if "eval/loss" in line:
             self._rankings.append(line["eval/ranking_accuracy"])

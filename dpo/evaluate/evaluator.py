@@ -1,10 +1,10 @@
 """The policy on held-out pairs and prompts: before, during and after training.
 
-Over all held-out pairs: the metrics of training. Over `eval_prompts` of their prompts, the policy
-answers twice. A sampled answer measures how far it has moved: `eval/kl` is the mean of
-log pi - log pi_ref over answers sampled from the policy at temperature 1, nats per answer, an
-unbiased estimate of KL(pi || pi_ref). A greedy answer is what a user would see: its length, a
-sample to read, and where the chosen answer is the only right one, whether it is right.
+All held-out pairs give the metrics that training logs too. To `eval_prompts` of their prompts the
+policy gives two answers. A sampled answer measures how far the policy has moved: `eval/kl` is the
+mean of log pi - log pi_ref over answers sampled from the policy at temperature 1, nats per answer,
+an unbiased estimate of KL(pi || pi_ref). A greedy answer is what a user would see: it gives a
+length, a sample to read, and whether it is right, if the chosen answer is the only right one.
 """
 
 from collections.abc import Sequence
@@ -53,9 +53,9 @@ class Evaluation:
     """What one evaluation found.
 
     Attributes:
-        metrics: by name, `eval/...`.
-        samples: one per prompt, the same prompts every time.
-        logps: of every held-out pair, in their order, on the CPU.
+        metrics: values by name, `eval/...`.
+        samples: one per prompt, for the same prompts at every evaluation.
+        logps: log-probs of every held-out pair, in their order, on the CPU.
     """
 
     metrics: dict[str, float]
@@ -78,7 +78,7 @@ class Evaluator:
     device: torch.device
 
     def evaluate(self) -> Evaluation:
-        """All held-out pairs, and answers to some of their prompts."""
+        """Scores all held-out pairs, and answers some of their prompts."""
         self.scorer.eval()
         logps = self._score_held_out()
         samples = self._answers() if self.config.train.eval_prompts else []
@@ -87,7 +87,7 @@ class Evaluator:
         losses = LOSSES[loss.type](logps, **loss.options)
         means = pair_metrics(logps, losses, beta=loss.beta).mean(dim=1)
         metrics: dict[str, float] = dict(zip(PAIR_METRICS, means.tolist(), strict=True))
-        if samples and not isinstance(self.reference, Zero):  # else there is nothing to be far from
+        if samples and not isinstance(self.reference, Zero):  # without a reference there is no KL
             metrics["kl"] = _mean(samples, "log_ratio")
         if samples:
             metrics["lengths/generated"] = _mean(samples, "length")
@@ -97,7 +97,7 @@ class Evaluator:
         return Evaluation(named, samples, logps)
 
     def _score_held_out(self) -> PairLogps:
-        """Each rank scores every so-manieth pair; all get the whole."""
+        """Rank r scores pairs r, r + ranks, ...; every rank gets all results."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         mine = range(rank, len(self.held_out), ranks)
         logps = self._score([self.held_out[i] for i in mine], self.reference)
@@ -127,9 +127,9 @@ class Evaluator:
             generate(self.model, self.tokenizer, prompts, temperature=t, **options)
             for t in (0.0, 1.0)
         )
-        # Scored as pairs of (sampled, greedy) answers; the sampled ones give the KL.
+        # Scored as pairs of a sampled and a greedy answer; the sampled ones give the KL.
         answered = [TokenizedPair(*ids) for ids in zip(prompts, sampled, greedy, strict=True)]
-        # Nobody will ask for these answers again: not through the cache.
+        # The live reference, since a cache would keep answers that are never asked for again.
         log_ratios = self._score(answered, self.live_reference).chosen_logratios.tolist()
         samples = [
             {

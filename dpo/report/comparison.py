@@ -1,4 +1,4 @@
-"""Several runs beside each other: what differs, what came of it, and what it cost in KL."""
+"""Several runs beside each other: what differs, what they achieved, and at what KL."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ class Column:
     """One result for each run, as text; "" where a run has none.
 
     Attributes:
-        best: which runs have the best value; nobody, where no value is better than another.
+        best: which runs have the best value; none, if no value is better than another.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Column:
 
 
 def name_apart(runs: Sequence[RunLogs], folders: Sequence[Path]) -> list[RunLogs]:
-    """The runs, with as much of their paths in the names as tells them apart."""
+    """The runs, with names that contain as much of their paths as tells them apart."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]) for each in parts]
@@ -48,7 +48,7 @@ def name_apart(runs: Sequence[RunLogs], folders: Sequence[Path]) -> list[RunLogs
 
 
 def differing_keys(runs: Sequence[RunLogs]) -> list[tuple[str, list[str]]]:
-    """(key, its value in each run) of every configured value that is not the same in all."""
+    """(key, its value in each run) of every key whose value is not the same in all runs."""
     keys = {
         f"{section}.{key}": None
         for run in runs
@@ -69,7 +69,7 @@ def _value(run: RunLogs, key: str) -> object:
 
 
 def results(runs: Sequence[RunLogs]) -> list[Column]:
-    """The last evaluation of every run, one column a metric that any of them has."""
+    """The last evaluation of every run: one column for each metric that any of them has."""
     columns = []
     for key in _RESULTS:
         shown, better = metric(key), metric(key).better
@@ -134,7 +134,7 @@ def frontier(runs: Sequence[RunLogs]) -> list[Chart]:
     groups = sorted({_beta(run) for run in runs})
     series = []
     for run in sorted(runs, key=_beta):
-        # Before training every reward ties, so that reward accuracy says nothing there.
+        # Before training every reward ties, so reward accuracy says nothing there.
         lines = run.evaluations if is_truth else run.evaluations[1:]
         points = [line for line in lines if "eval/kl" in line]
         if not points:

@@ -1,4 +1,4 @@
-"""Which charts a run's report has: the article's curves, and what the held-out pairs look like."""
+"""The charts of a run's report: the article's curves, and what the held-out pairs look like."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -69,7 +69,7 @@ def _train_and_held_out(logs: RunLogs, names: Sequence[str], percent: bool) -> I
 
 
 def _starts_at_ln_2(series: Sequence[Series]) -> bool:
-    """Not so for a loss of another scale, or without a reference."""
+    """Whether the loss starts at ln 2: not on another scale, and not without a reference."""
     return abs(float(series[-1].y[0]) - _LN_2) < 0.02
 
 
@@ -84,7 +84,7 @@ def held_out_charts(logs: RunLogs) -> list[Chart]:
     gaps = [
         np.subtract(line["policy_chosen_logps"], line["policy_rejected_logps"]) for line in lines
     ]
-    # All in one bar, as they are wherever there is a reference: a line says it better.
+    # With a reference all of them would be in one bar: a line says it better.
     started_at_0 = len(margins) == 2 and not margins[1].any()
     before_said = (
         "Before training the margin of every pair was 0, by definition: the policy was the "
@@ -120,7 +120,7 @@ def pair_rewards(line: Line, beta: float) -> dict[str, np.ndarray]:
 
 
 def _histograms(groups: Sequence[np.ndarray]) -> list[Series]:
-    """Counts of the values after, and before where there are any, in bins that they share."""
+    """Counts of the values after training, and before if given, in the same bins."""
     everything = np.concatenate(groups)
     everything = everything[np.isfinite(everything)]
     edges = np.histogram_bin_edges(everything, bins=min(30, 5 + len(everything) // 5))

@@ -81,7 +81,7 @@ def shown(value: Any) -> str:
 
 
 def verdict(logs: RunLogs) -> str:
-    """What came of it in a sentence: by the truth where it is known, else by held-out pairs."""
+    """The result in a sentence: judged by right answers if known, else by held-out pairs."""
     if len(logs.evaluations) >= 2:
         return _held_out_verdict(logs, logs.evaluations[0], logs.evaluations[-1])
     _, losses = logs.values("train/loss")
@@ -95,7 +95,7 @@ def verdict(logs: RunLogs) -> str:
 
 
 def _held_out_verdict(logs: RunLogs, before: Line, after: Line) -> str:
-    """A difference between shares counts when it is larger than two standard errors."""
+    """The verdict of a run with evaluations; shares differ if by more than two standard errors."""
     accuracy, pairs = after["eval/rewards/accuracies"], logs.data_report.get("pairs_held_out", 0)
     ranks = f"the rewards rank {accuracy:.1%} of {pairs or 'the'} held-out pairs as labelled"
     away = ""
@@ -117,7 +117,7 @@ def _held_out_verdict(logs: RunLogs, before: Line, after: Line) -> str:
 
 
 def _verdict_by_truth(evaluations: list[Line], asked: int) -> str:
-    """By the share of right answers to `asked` prompts; a better one on the way is said too."""
+    """Judges by the share of right answers to `asked` prompts; names an earlier, better step."""
     key = "eval/exact_match"
     old, new = evaluations[0][key], evaluations[-1][key]
     best = max(evaluations, key=lambda line: line[key])
@@ -136,7 +136,7 @@ def _differ(one: float, other: float, count: int) -> bool:
 
 
 def findings(logs: RunLogs) -> list[Finding]:
-    """What the metrics give away, and what the lengths of the answers do."""
+    """The warnings that follow from the metrics, and from the lengths of the answers."""
     beta = logs.beta if _has_reference(logs) else None
     return [*diagnose(logs.metrics, beta), *length_bias(logs)]
 
@@ -148,8 +148,9 @@ def _has_reference(logs: RunLogs) -> bool:
 def token_pairs(logs: RunLogs) -> tuple[list[Line], float]:
     """Pairs with their answers as (text, reward, strength from -1 to 1), and the scale's end.
 
-    The scale ends at the 98th percentile of the absolute rewards: one outlier would wash out all
-    others. A piece without text, such as half a character, is added to the next: rewards add up.
+    The scale ends at the 98th percentile of the absolute rewards, since one outlier would make all
+    others look like 0. A piece without text, such as half a character, is added to the next one, so
+    the rewards still add up.
     """
     rewards = [
         abs(reward)
@@ -213,7 +214,7 @@ def samples_by_kind(logs: RunLogs) -> list[dict[str, Any]]:
 
 
 def changed_keys(logs: RunLogs) -> list[tuple[str, str, str]]:
-    """(key, value, default) of every configured value that is not the default."""
+    """(key, value, default) of every key that does not have its default."""
     defaults = asdict(Config())
     return [
         (f"{section}.{key}", shown(value), shown(defaults.get(section, {}).get(key)))

@@ -1,4 +1,4 @@
-"""The figures of an evaluation as tables of text: for the terminal, and for the report."""
+"""The results of scripts/evaluate.py as tables of text, for the terminal and the report."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ def evaluation_tables(measured: dict[str, dict[str, Any]]) -> Iterator[Table]:
 
 
 def held_out_tables(held_out: dict[str, Any]) -> Iterator[Table]:
-    """All pairs, one figure a row; then the groups, one a row."""
+    """A table of all pairs, with a statistic in each row; then one with a group in each row."""
     f = held_out["all"]
     against = "the reference" if held_out["has_reference"] else "the model before training"
     quantiles = "  ".join(f"{f['reward_margin_quantiles'][f'{q}%']:.3f}" for q in QUANTILES)
@@ -75,7 +75,7 @@ def _group_rows(held_out: dict[str, Any]) -> Iterator[Cells]:
 
 
 def win_rate_tables(f: dict[str, Any]) -> Iterator[Table]:
-    """Win rate, lengths, and where the answers can be read."""
+    """The win rate, the lengths, and where the answers can be read."""
     counts = f"{f['wins']} won, {f['ties']} tied, {f['losses']} lost"
     rows: list[Cells] = [
         (f"{f['prompts']} prompts, judge {f['judge']}", "base", "policy", "95 % interval"),

@@ -1,4 +1,4 @@
-"""Whether the rewards go by the length of an answer: seen in the held-out pairs, one by one."""
+"""Whether the rewards follow the length of an answer, judged by the held-out pairs."""
 
 import numpy as np
 
@@ -6,9 +6,9 @@ from dpo.evaluate.diagnostics import Finding
 from dpo.report.curves import pair_rewards
 from dpo.report.logs import RunLogs
 
-_ENOUGH = 20  # pairs, before something is said about the length of answers
-_CORRELATION = 0.3  # of margin and length difference, from where on it is a finding
-_ACCURACY_GAP = 0.2  # between pairs whose chosen answer is longer, and shorter
+_ENOUGH = 20  # pairs; with fewer, nothing is said about length
+_CORRELATION = 0.3  # of margin and length difference; more is a finding
+_ACCURACY_GAP = 0.2  # between pairs whose chosen answer is longer and shorter; more is one
 
 
 def length_rows(logs: RunLogs) -> list[tuple[str, str, int, float]]:
@@ -25,7 +25,7 @@ def length_rows(logs: RunLogs) -> list[tuple[str, str, int, float]]:
 
 
 def length_bias(logs: RunLogs) -> list[Finding]:
-    """Whether the rewards go by length: by correlation, and by accuracy on either side."""
+    """A finding if the rewards follow length, by correlation or by a gap in accuracy."""
     groups = {key: (pairs, accuracy) for _, key, pairs, accuracy in length_rows(logs)}
     differing = sum(pairs for key, (pairs, _) in groups.items() if key != "as long")
     if differing < _ENOUGH or logs.beta is None:

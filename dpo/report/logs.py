@@ -1,4 +1,4 @@
-"""What a run wrote into its folder, read back; whichever of the files are there."""
+"""What a run wrote into its folder, read back. Any of the files may be missing."""
 
 import math
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from dpo.run_folder import Line, read_lines, read_text, read_whole
 
 @dataclass(frozen=True)
 class RunLogs:
-    """The files of a run folder; a file that is not there is empty here.
+    """The contents of a run folder; a missing file is empty here.
 
     Attributes:
-        name: the folder's.
+        name: of the folder.
         config: config.yaml, by section.
         metrics: lines of metrics.jsonl.
-        evaluations: those of them that are evaluations; the first is the one before training.
+        evaluations: the lines of metrics.jsonl that are evaluations, from before training on.
         samples: lines of samples.jsonl.
         held_out: the first and the last line of held_out.jsonl.
         token_rewards, data_report: those JSON files.
@@ -41,7 +41,7 @@ class RunLogs:
 
     @property
     def beta(self) -> float | None:
-        """What scales the rewards, if the configuration is there."""
+        """The scale of the rewards, if the configuration is there."""
         return self.config.get("loss", {}).get("beta")
 
     @property

@@ -1,11 +1,11 @@
-"""What a run came to, as one HTML file that needs nothing but itself.
+"""The report of a run, or of several, as one HTML file that needs no other file.
 
-`write_report` reads only the files of the run folder, whichever are there, and loads no model.
-`write_comparison` puts several runs beside each other. Both are made for a phone, dark mode, a
-keyboard, a screen reader and paper. Nothing is fetched, and the page's own policy forbids it; all
-text is escaped, since rows and models can say anything.
+`write_report` reads only the files of the run folder, any of which may be missing, and loads no
+model. `write_comparison` puts several runs beside each other. Both pages work on a phone, in dark
+mode, by keyboard, with a screen reader and on paper. They fetch nothing, and their own policy
+forbids it; all text is escaped, since rows and models can say anything.
 
-Left out on purpose: a charting library in the page. matplotlib draws; the script only reads out.
+Left out on purpose: a charting library in the page. matplotlib draws; the script only shows values.
 """
 
 from collections.abc import Sequence
@@ -106,7 +106,7 @@ def _render(template: str, charts: dict[str, list[Chart]], **context: Any) -> st
 
 
 def _write(file: Path, page: str) -> Path:
-    """Half of a surrogate pair, which a model can write and UTF-8 cannot, becomes a reference."""
+    """Writes the page; half a surrogate pair, which UTF-8 cannot encode, becomes a reference."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")

@@ -1,7 +1,7 @@
-"""What TensorBoard shows beside the scalars: charts that belong together, samples, histograms.
+"""What TensorBoard shows beside the scalars: grouped charts, settings, samples, histograms.
 
-Accelerate's tracker logs scalars and, for hyper-parameters, makes a second run with a file of its
-own; so they are written here, into the run itself, where its scalars are the results.
+Accelerate's tracker would write hyper-parameters as a second run with a file of its own. Here they
+are written into the run itself, whose scalars are the results.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ RESULTS = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "eval
 
 
 def open_board(writer: SummaryWriter, settings: Mapping[str, int | float | str | bool]) -> None:
-    """The layout of the charts, and the settings by `section.key`."""
+    """Writes the layout of the charts, and the settings by `section.key`."""
     writer.add_custom_scalars(
         {
             group: {
@@ -50,7 +50,7 @@ def show_evaluation(
     samples: Sequence[Mapping[str, Any]],
     count: int = 10,
 ) -> None:
-    """Histograms over the held-out pairs, and the first samples as a table."""
+    """Writes histograms over the held-out pairs, and the first samples as a table."""
     for name, values in histograms.items():
         writer.add_histogram(f"held_out/{name}", values, step)
     if samples:
@@ -63,7 +63,7 @@ def show_evaluation(
 
 
 def _cell(text: str) -> str:
-    """As one cell of a Markdown table; control tokens are no HTML."""
+    """The text as one cell of a Markdown table, where control tokens are not HTML."""
     for plain, escaped in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("\n", "<br>")):
         text = text.replace(plain, escaped)
     return text

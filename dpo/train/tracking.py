@@ -1,4 +1,4 @@
-"""What a run says: one bar, `metrics.jsonl`, Accelerate's trackers, the closing table."""
+"""What a run reports: the bar, `metrics.jsonl`, Accelerate's trackers, the closing table."""
 
 import json
 import platform
@@ -32,7 +32,7 @@ _CLOSING = (
 
 
 class Tracker:
-    """Writes metrics; only the main process does, the others call in vain."""
+    """Writes metrics on the main process; on the others every call does nothing."""
 
     def __init__(self, accelerator: Accelerator, folder: Path, watch: Watch):
         self._accelerator = accelerator
@@ -42,14 +42,14 @@ class Tracker:
         self._watch = watch
 
     def rewind(self, start_step: int) -> None:
-        """Forgets what was logged after the step that the run goes on from: it comes again."""
+        """Drops what was logged after `start_step`, since the resumed run logs it again."""
         for file in (self._file, self._samples, self._held_out):
             kept = [line for line in read_lines(file) if line["step"] <= start_step]
             rewritten = file.with_suffix(".tmp")
             rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
             rewritten.replace(file)
         for line in read_lines(self._file):
-            self._watch.see(line)  # what it finds there was said before
+            self._watch.see(line)  # these findings were printed before
 
     def start(self, config: Config, start_step: int, total_steps: int) -> None:
         """Opens trackers and the bar."""
@@ -75,7 +75,7 @@ class Tracker:
         )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, the same to every tracker, and what it gives away."""
+        """Logs the metrics to metrics.jsonl and every tracker; prints the warnings that follow."""
         if not self._accelerator.is_main_process:
             return
         line = {"step": step, **metrics}
@@ -85,7 +85,7 @@ class Tracker:
             self.say(str(finding))
 
     def advance(self, metrics: dict[str, float] | None) -> None:
-        """Moves the bar one step; shows how well and how fast it goes, where that is new."""
+        """Moves the bar one step; shows the metrics, if there are new ones."""
         assert self._bar is not None
         self._bar.update()
         if metrics:
@@ -107,7 +107,7 @@ class Tracker:
     def log_evaluation(
         self, step: int, evaluation: Evaluation, held_out: Pairs, *, beta: float
     ) -> None:
-        """Its metrics, its samples, and the log-probs of every held-out pair."""
+        """Logs an evaluation: metrics, samples, and the log-probs of every held-out pair."""
         self.log(step, evaluation.metrics)
         if not self._accelerator.is_main_process:
             return
@@ -124,11 +124,11 @@ class Tracker:
             show_evaluation(self._writer, step, histograms, evaluation.samples)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The evaluation lines so far; the first is that before training."""
+        """The evaluation lines so far; the first is from before training."""
         return [line for line in read_lines(self._file) if "eval/loss" in line]
 
     def last_held_out(self) -> PairLogps | None:
-        """Of every held-out pair, as the last evaluation found them."""
+        """The log-probs of every held-out pair at the last evaluation."""
         lines = read_lines(self._held_out)
         if not lines:
             return None
@@ -139,7 +139,7 @@ class Tracker:
         return [line for line in read_lines(self._samples) if line["step"] == step]
 
     def close_bar(self) -> None:
-        """So that what is printed next stands below it."""
+        """Closes the bar, so that what is printed next stands below it."""
         if self._bar is not None:
             self._bar.close()
 
@@ -148,7 +148,7 @@ def check_trackers(report_to: str | list[str]) -> list[str]:
     """The trackers to report to, each known to Accelerate and installed.
 
     Raises:
-        UserError: naming one that is not.
+        UserError: one is unknown or not installed.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
@@ -167,14 +167,14 @@ def check_trackers(report_to: str | list[str]) -> list[str]:
 
 
 def versions() -> str:
-    """Of everything that decides the numbers."""
+    """The versions of every package that can change the results."""
     packages = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
     found = ", ".join(f"{name} {version(name)}" for name in packages)
     return f"Python {platform.python_version()}, {found}"
 
 
 def closing_table(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Held-out figures before and after training, side by side."""
+    """Held-out metrics before and after training, side by side."""
     rows = [
         f"{shown.title:<38}{before[name]:>12{shown.format}}{after[name]:>12{shown.format}}"
         for name, shown in ((name, metric(name)) for name in _CLOSING)
@@ -198,7 +198,7 @@ def side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]], coun
 
 
 def device_name(device: torch.device) -> str:
-    """For the run header."""
+    """The device in words, for the run header."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
