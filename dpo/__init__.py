@@ -9,6 +9,6 @@ the chosen answer's log-prob and lowers the rejected one's, most where the polic
 Read in this order: `data.formats`, `data.chat`, `data.stream` (rows to a stream of tokens);
 `model.scorer`, `model.reference` (a stream to hidden states, under both models); `logps` (states to
 log-probs of tokens, then of pairs); `losses`, `metrics` (pairs to a loss); `train.trainer` (a loss
-to a step). Beside them: `config`; `plan` (what a run will take), `evaluate` (what is looked at
-during one), `report` (its page), `after` (merge, generate, evaluate, push).
+to a step). Beside them: `config`; `run_folder` (a run's files), `plan` (what a run will take),
+`evaluate` (during a run), `report` (its page), `after` (merge, generate, evaluate, push).
 """

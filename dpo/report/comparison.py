@@ -72,7 +72,7 @@ def results(runs: Sequence[RunLogs]) -> list[Column]:
     """The last evaluation of every run: one column for each metric that any of them has."""
     columns = []
     for key in _RESULTS:
-        shown, better = metric(key), metric(key).better
+        entry, better = metric(key), metric(key).better
         values = [run.evaluations[-1].get(key) if run.evaluations else None for run in runs]
         known = [value for value in values if value is not None]
         if not known:
@@ -81,8 +81,8 @@ def results(runs: Sequence[RunLogs]) -> list[Column]:
         best = better(known) if better and comparable and len(set(known)) > 1 else None
         columns.append(
             Column(
-                shown.title,
-                ["" if value is None else format(value, shown.format) for value in values],
+                entry.title,
+                ["" if value is None else format(value, entry.format) for value in values],
                 [value is not None and value == best for value in values],
             )
         )

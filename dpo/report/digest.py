@@ -41,20 +41,20 @@ def before_and_after(logs: RunLogs) -> list[BeforeAndAfter]:
     before, after = logs.evaluations[0], logs.evaluations[-1]
     return [
         BeforeAndAfter(
-            shown,
-            format(before[name], shown.format),
-            format(after[name], shown.format),
-            _change(after[name] - before[name], shown),
+            entry,
+            format(before[name], entry.format),
+            format(after[name], entry.format),
+            _change(after[name] - before[name], entry),
         )
-        for name, shown in ((name, metric(name)) for name in _BEFORE_AND_AFTER)
+        for name, entry in ((name, metric(name)) for name in _BEFORE_AND_AFTER)
         if name in before and name in after
     ]
 
 
-def _change(difference: int | float, shown: Metric) -> str:
-    if shown.is_share:
+def _change(difference: int | float, entry: Metric) -> str:
+    if entry.is_share:
         return f"{100 * difference:+.1f} points"
-    return format(difference, f"+{shown.format}")
+    return format(difference, f"+{entry.format}")
 
 
 def about(logs: RunLogs) -> list[str]:

@@ -176,8 +176,8 @@ def versions() -> str:
 def closing_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     """Held-out metrics before and after training, side by side."""
     rows = [
-        f"{shown.title:<38}{before[name]:>12{shown.format}}{after[name]:>12{shown.format}}"
-        for name, shown in ((name, metric(name)) for name in _CLOSING)
+        f"{entry.title:<38}{before[name]:>12{entry.format}}{after[name]:>12{entry.format}}"
+        for name, entry in ((name, metric(name)) for name in _CLOSING)
         if name in before and name in after
     ]
     return "\n".join([f"{'held out':<38}{'before':>12}{'after':>12}", *rows])
