@@ -6,9 +6,9 @@ from pathlib import Path
 folder = Path("runs/article")
 merge = json.loads((folder / "merged" / "merge.json").read_text())
 errors = {name: error["mean"] for name, error in merge["errors_nats"].items()}
-evaluation = json.loads((folder / "evaluation.json").read_text())
-win_rate, pairs = evaluation["win_rate"], evaluation["held_out"]["all"]
-(task,) = evaluation["lm_eval"]["rows"]
+win_rate = json.loads((folder / "win_rate.json").read_text())
+pairs = json.loads((folder / "held_out.json").read_text())["all"]
+(task,) = json.loads((folder / "lm_eval.json").read_text())["rows"]
 report = (folder / "report.html").read_text()
 
 checks = {

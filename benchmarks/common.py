@@ -383,9 +383,9 @@ def race_table(
     rows = [
         [
             name,
-            spread(speeds[name]),
+            median_and_range(speeds[name]),
             *(f"{speed[name] / speed[base]:.2f}" for base in bases.values()),
-            spread(growth[name]),
+            median_and_range(growth[name]),
             f"{size[name] / size[bases[first]]:.2f}",
             f"{counted[name]['flops'] / num_counted / 1e9:.1f}",
             f"{counted[name]['tokens'] / num_counted:.0f}",
@@ -414,7 +414,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
+def median_and_range(values: Sequence[float], digits: int = 3) -> str:
     """Median, lowest and highest."""
     middle, low, high = statistics.median(values), min(values), max(values)
     return f"{middle:.{digits}g} ({low:.{digits}g} to {high:.{digits}g})"

@@ -332,8 +332,8 @@ def against_trl(args: argparse.Namespace, folder: Path) -> str:
             seen[name].append(watch(task, path, folder / f"{task}-{number}"))
     rows = []
     for name, its in seen.items():
-        row = [name, common.spread([args.sample / run.seconds[0] for run in its], 4)]
-        row.append(common.spread([run.processor[0] / args.sample * 1e3 for run in its]))
+        row = [name, common.median_and_range([args.sample / run.seconds[0] for run in its], 4)]
+        row.append(common.median_and_range([run.processor[0] / args.sample * 1e3 for run in its]))
         for part in ("seconds", "processor"):
             theirs, ours = ([getattr(run, part)[0] for run in r] for r in (its, seen["ours"]))
             row.append(f"{statistics.median(theirs) / statistics.median(ours):.2f}")

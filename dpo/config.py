@@ -335,16 +335,11 @@ class Config:
             refuse("train.eval_prompts", 0, "at least 1, since train.eval_exact_match is true")
 
 
-# The metrics that can choose the best weights, and which value of each is the better one.
-BEST_METRICS: dict[str, Callable[..., float]] = {
-    "eval/loss": min,
-    "eval/kl": min,
-    "eval/rewards/accuracies": max,
-    "eval/rewards/margins": max,
-    "eval/rewards/chosen": max,
-    "eval/logps/chosen": max,
-    "eval/exact_match": max,
-}
+# The metrics that can choose the best weights.
+BEST_METRICS = (
+    "eval/loss eval/kl eval/rewards/accuracies eval/rewards/margins eval/rewards/chosen "
+    "eval/logps/chosen eval/exact_match"
+).split()
 
 # What a number must satisfy, in words and as a test; by key.
 _POSITIVE: tuple[str, Callable[[Any], bool]] = ("a number above 0", lambda x: x > 0)

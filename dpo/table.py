@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Row = tuple[str, ...]
+Cells = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Table:
         text: instead of rows, a table as another program printed it.
     """
 
-    rows: Sequence[Row] = ()
+    rows: Sequence[Cells] = ()
     lead: str = ""
     notes: Sequence[str] = ()
     text: str = ""

@@ -1,7 +1,6 @@
 r"""Measures a finished run: held-out pairs, win rate by a judge, lm-eval; base beside policy.
 
-Parts of the JSON file that an earlier call measured of the same weights stay until measured anew,
-and judged.jsonl with its win rate.
+Writes held_out.json, win_rate.json (with judged.jsonl) and lm_eval.json: those that are measured.
 
 python scripts/evaluate.py runs/quickstart --judge exact_match
 python scripts/evaluate.py RUN --judge https://api.openai.com/v1 --judge_model MODEL
@@ -18,7 +17,7 @@ from dpo.cli import run_script
 
 
 def main() -> None:
-    """Prints tables; writes every figure to a JSON file."""
+    """Prints tables; writes every number to JSON files."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,7 +39,7 @@ def main() -> None:
     add("--include_path", type=Path, help="folder with the YAML of lm-eval tasks of your own")
     add("--limit", type=int, help="documents of each lm-eval task; for trying out")
     add("--batch_size", type=int, help="answers written, or documents scored, at once")
-    add("--output", type=Path, help="JSON file, RUN/evaluation.json; judged.jsonl goes beside it")
+    add("--output", type=Path, help="folder of the files; default: the run folder")
     parser.set_defaults(**asdict(Options()))
     options = vars(parser.parse_args())
     folder = options.pop("run")

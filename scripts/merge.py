@@ -8,6 +8,7 @@ python scripts/merge.py RUN --push_to_hub NAMESPACE/NAME       # private, unless
 import argparse
 from pathlib import Path
 
+from dpo import run_folder
 from dpo.after.merge import BASES, DTYPES, merge_run
 from dpo.after.push import check_can_push, push, verified_files
 from dpo.cli import run_script
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--push_to_hub", metavar="NAMESPACE/NAME", help="token: HF_TOKEN or login")
     parser.add_argument("--public", action="store_true", help="a new repository is public")
     options = parser.parse_args()
-    output = options.output or options.run / "merged"
+    output = options.output or options.run / run_folder.MERGED
     asked = {"weights": options.weights, "base": options.base, "dtype": options.dtype}
     if options.push_to_hub:
         check_can_push(options.push_to_hub)

@@ -1,8 +1,19 @@
 import pytest
 import torch
 
+from dpo.config import BEST_METRICS
 from dpo.losses import PairLogps, sigmoid
-from dpo.metrics import METRICS, RunningMeans, pair_metrics
+from dpo.metrics import (
+    CATALOGUE,
+    PAIR_METRICS,
+    RunningMeans,
+    by_chart,
+    is_better,
+    metric,
+    pair_metrics,
+)
+from dpo.report import comparison, curves, digest
+from dpo.train import board, tracking
 
 SPLITS = [(5,), (1, 4), (2, 3), (3, 2), (1, 1, 1, 1, 1), (0, 5, 0)]
 
@@ -60,7 +71,7 @@ def test_pair_metrics_has_one_row_per_name_in_the_order_of_metrics():
         "lengths/chosen": 7.0,
         "lengths/rejected": 3.0,
     }
-    assert tuple(wanted) == METRICS
+    assert tuple(wanted) == PAIR_METRICS
     assert rows(logps)[:, 0].tolist() == pytest.approx(list(wanted.values()), abs=1e-14)
 
 
@@ -80,13 +91,13 @@ def test_ranking_accuracy_asks_the_policy_alone():
     sides = ([-18.0, -12.0, -9.0], [-12.0, -18.0, -9.0], [-30.0, -12.0, -9.0], [-11.0, -18.0, -9.0])
     lengths = torch.tensor([4, 4, 4])
     values = rows(PairLogps(*map(torch.tensor, sides), lengths, lengths))
-    assert values[METRICS.index("rewards/accuracies")].tolist() == [1.0, 0.0, 0.0]
-    assert values[METRICS.index("ranking_accuracy")].tolist() == [0.0, 1.0, 0.0]
+    assert values[PAIR_METRICS.index("rewards/accuracies")].tolist() == [1.0, 0.0, 0.0]
+    assert values[PAIR_METRICS.index("ranking_accuracy")].tolist() == [0.0, 1.0, 0.0]
 
 
 def test_a_tie_is_not_accurate():
     """Gaps 3, -1, 0, 5, -7: the third is a tie, as every pair is at step 0; 2 of 5 are accurate."""
-    accurate = rows(five_pairs())[METRICS.index("rewards/accuracies")]
+    accurate = rows(five_pairs())[PAIR_METRICS.index("rewards/accuracies")]
     assert accurate.tolist() == [1.0, 0.0, 0.0, 1.0, 0.0]
 
 
@@ -129,7 +140,7 @@ def test_running_means_are_the_plain_means_at_any_split(split):
 
 def test_a_mean_of_the_micro_batches_means_is_another_number():
     """The negative control: accuracies at 1 + 4 are 1 / 1 and 1 / 4: a mean of 0.625, not 0.4."""
-    row = METRICS.index("rewards/accuracies")
+    row = PAIR_METRICS.index("rewards/accuracies")
     means = [rows(logps)[row].mean().item() for logps in micro_batches((1, 4))]
     assert sum(means) / 2 == 0.625
 
@@ -151,7 +162,7 @@ def test_running_means_over_two_ranks_are_those_of_one(split):
 def test_no_pairs_give_no_means():
     means = RunningMeans()
     assert means.pop() == {}
-    means.add(torch.zeros(len(METRICS), 0, dtype=torch.float64))
+    means.add(torch.zeros(len(PAIR_METRICS), 0, dtype=torch.float64))
     assert means.pop() == {}
 
 
@@ -190,3 +201,44 @@ def test_a_short_last_batch_weighs_by_its_pairs():
     for logps in micro_batches((4, 1)):
         means.add(rows(logps))
     assert means.pop()["rewards/accuracies"] == 0.4
+
+
+# --------------------------------------------------------------------------------- the catalogue
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        BEST_METRICS,
+        tracking._CLOSING,
+        digest._BEFORE_AND_AFTER,
+        comparison._RESULTS,
+        comparison._OVERLAID,
+        comparison._COSTS,
+        comparison._OF_ONE_LOSS,
+        board.RESULTS,
+    ],
+    ids=lambda names: names[0],
+)
+def test_a_table_chooses_metrics_that_are_logged(chosen):
+    logged = {f"{prefix}/{name}" for name, each in CATALOGUE.items() for prefix in each.logged}
+    assert set(chosen) <= logged
+    assert len(set(chosen)) == len(chosen)
+
+
+def test_charts_choose_from_the_catalogue_and_do_not_mix_shares_with_other_values():
+    for names in (curves._CURVES, curves._SPEED, *board._GROUPS.values()):
+        for together in by_chart(names).values():
+            assert len({metric(name).is_share for name in together}) == 1
+
+
+def test_the_metrics_of_pairs_are_those_of_training_and_evaluation():
+    assert tuple(n for n, each in CATALOGUE.items() if len(each.logged) == 2) == PAIR_METRICS
+
+
+def test_the_best_weights_are_chosen_by_metrics_of_which_one_value_is_better():
+    assert all(metric(name).better for name in BEST_METRICS)
+    assert is_better("eval/loss", 0.5, than=0.6)
+    assert not is_better("eval/loss", 0.6, than=0.6)
+    assert is_better("eval/exact_match", 0.6, than=0.5)
+    assert not is_better("eval/lengths/generated", 6.0, than=5.0)

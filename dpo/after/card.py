@@ -6,11 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dpo import run_folder
 from dpo.after.merge_error import MergeError
 from dpo.config import Config, DataSource, ModelConfig
 from dpo.data.loader import list_sources
 from dpo.model.load import base_of
 from dpo.report.logs import RunLogs, read_logs
+from dpo.run_folder import checkpoint_step
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
 NUM_SAMPLES = 3
@@ -135,10 +137,10 @@ def _settings(config: Config) -> list[tuple[str, str]]:
 
 def _step(logs: RunLogs, weights: Path) -> int | None:
     """After which step these weights were kept; None where nothing says it."""
-    if weights.name.startswith("checkpoint-"):
-        return int(weights.name.removeprefix("checkpoint-"))
-    if weights.name == "best":
-        return json.loads((weights / "metric.json").read_text())["step"]
+    if (step := checkpoint_step(weights)) is not None:
+        return step
+    if weights.name == run_folder.BEST:
+        return json.loads((weights / run_folder.BEST_METRIC).read_text())["step"]
     return max((line["step"] for line in logs.metrics), default=None)
 
 

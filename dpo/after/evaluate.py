@@ -1,8 +1,8 @@
-"""A finished run, measured: held-out pairs, win rate by a judge, lm-eval; base beside policy.
+"""Measures a finished run: held-out pairs, win rate by a judge, lm-eval; base beside policy.
 
 "Base" is the model before training: for a run that started from an adapter, with that adapter. It
-is the reference, unless the run had none; then rewards are the policy's own log-probs, as they were
-in training, and the KL is that to the model before training.
+is the reference, unless the run had none; then rewards are the policy's own log-probs, as in
+training, and the KL is that to the model before training.
 """
 
 import json
@@ -16,30 +16,30 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpo import run_folder
 from dpo.after.finished import FinishedRun, read_run
 from dpo.after.harness import load_tasks, run_harness
 from dpo.after.judges import (
-    Answers,
     EndpointJudge,
     FunctionJudge,
+    JudgedAnswers,
     judge_all,
     load_judge,
-    win_rate_figures,
+    win_rate_statistics,
 )
 from dpo.after.output import check_output
 from dpo.data.chat import choose_template, stop_ids
 from dpo.data.files import file_sums
 from dpo.data.loader import Pairs, load_data
-from dpo.data.stream import Stream
+from dpo.data.stream import Stream, TokenizedPair
 from dpo.errors import UserError
 from dpo.evaluate.evaluator import held_out_columns, score_pairs
 from dpo.evaluate.samples import Sampling, generate
-from dpo.evaluate.statistics import Columns, group_figures, spread
+from dpo.evaluate.statistics import Columns, group_statistics, spread
 from dpo.model.reference import TokenLogps, choose_mode
 from dpo.model.scorer import Scorer
 from dpo.report.evaluation_tables import evaluation_tables
 
-_PARTS = ("held_out", "win_rate", "lm_eval")
 _NEEDS = {
     "data_format": "data_path",
     "judge_model": "judge",
@@ -52,9 +52,9 @@ _NEEDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to measure, as scripts/evaluate.py's flags say; None is the run's own value."""
+    """What to measure: the flags of scripts/evaluate.py; None is the run's own value."""
 
-    weights: str = "final"
+    weights: str = run_folder.FINAL
     data_path: str | None = None
     data_format: str = "auto"
     prompts: int = 200
@@ -71,7 +71,7 @@ class Options:
     output: Path | None = None
 
     def check(self) -> None:
-        """Refuses numbers that mean nothing, and options that would do nothing."""
+        """Refuses numbers out of range, and options that would do nothing."""
         for name in ("prompts", "max_new_tokens", "limit", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -87,91 +87,69 @@ class Options:
 
 
 def evaluate_run(folder: Path, options: Options) -> Iterator[str]:
-    """Measures, part by part; after each writes all figures so far, and yields what to print.
+    """Measures part by part; writes each part to its own file at once, and yields its tables.
 
-    The file keeps the parts that an earlier call measured of the same weights and that this one
-    does not; so each part carries its own options and versions. A figure that is not finite does
-    not lose the others: it is written as NaN or Infinity, which Python reads and strict JSON lacks.
+    A file says which weights were measured, with which options and versions. A value that is not
+    finite does not lose the others: it is written as NaN or Infinity, which Python reads and strict
+    JSON lacks.
 
     Raises:
         UserError: an option that cannot be honoured, or no pairs to measure on.
     """
-    # What may be misspelt comes before what takes long.
+    # Check everything that can be misspelt before the slow work.
     options.check()
     read_run(folder)
-    output = options.output or folder / "evaluation.json"
-    check_output(output)
+    output = options.output or folder
+    for name in (*run_folder.MEASURED.values(), run_folder.JUDGED):
+        check_output(output / name)
     judge = load_judge(options.judge, options.judge_model) if options.judge else None
     names = [name.strip() for name in (options.lm_eval or "").split(",") if name.strip()]
     tasks = load_tasks(names, options.include_path) if names else []
-    run = FinishedRun(folder, options.weights)
-    pairs, rows = _pairs(run, options)
+    finished = FinishedRun(folder, options.weights)
+    pairs, rows = _pairs(finished, options)
     if not len(pairs) and (judge or not tasks):
         raise UserError(
             f"{folder} held nothing out, so there are no pairs to measure on. Name a file of rows "
             "in --data_path, in any format that training reads; or train with data.eval_fraction "
             "or data.eval_path."
         )
-
-    def measured() -> Iterator[dict[str, Any]]:
-        if len(pairs):
-            yield {"held_out": {"rows": rows, **measure_pairs(run, pairs, options)}}
-        if judge:
-            file = output.parent / "judged.jsonl"
-            yield {"win_rate": measure_win_rate(run, pairs, judge, options, file)}
-        if tasks:
-            size, limit = options.batch_size, options.limit
-            yield {"lm_eval": run_harness(run, tasks, batch_size=size, limit=limit)}
-
     about = {
         "run": str(folder),
         "weights": options.weights,
-        "sha256": file_sums(run.weights, "*.safetensors"),
-    }
-    how = {
+        "sha256": file_sums(finished.weights, "*.safetensors"),
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
         "versions": _versions(bool(tasks)),
     }
-    yield from _written(output, about, how, measured())
+    if len(pairs):
+        results = {"rows": rows, **measure_pairs(finished, pairs, options)}
+        yield from _written(output, "held_out", about | results)
+    if judge:
+        results = measure_win_rate(finished, pairs, judge, options, output / run_folder.JUDGED)
+        yield from _written(output, "win_rate", about | results)
+    if tasks:
+        results = run_harness(finished, tasks, batch_size=options.batch_size, limit=options.limit)
+        yield from _written(output, "lm_eval", about | results)
 
 
-def _written(
-    output: Path, about: dict[str, Any], how: dict[str, Any], measured: Iterator[dict[str, Any]]
-) -> Iterator[str]:
-    """Writes the file after each part that is measured; yields its tables, at last what is kept."""
-    was_there, earlier, now = output.exists(), _parts_of(output, about["sha256"]), {}
-    for part in measured:
-        now |= {name: figures | how for name, figures in part.items()}
-        output.write_text(json.dumps(about | earlier | now, indent=1) + "\n")
-        yield from map(str, evaluation_tables(part))
-    yield f"All figures are in {output}."
-    if kept := [name for name in earlier if name not in now]:
-        yield f"Of an earlier call: {', '.join(kept)}."
-    if anew := [name for name in earlier if name in now]:
-        yield f"Measured anew, in place of an earlier call's: {', '.join(anew)}."
-    if was_there and not earlier:
-        yield "What it held before was not measured on these weights, and is replaced."
+def _written(output: Path, part: str, results: dict[str, Any]) -> Iterator[str]:
+    """Writes the file of one part; yields its tables, and where the file is."""
+    file = output / run_folder.MEASURED[part]
+    text = json.dumps(results, indent=1)
+    file.write_text(text + "\n")
+    yield from map(str, evaluation_tables({part: results}))
+    yield f"All of it is in {file}."
     not_finite: list[str] = []
-    json.loads(output.read_text(), parse_constant=not_finite.append)
+    json.loads(text, parse_constant=not_finite.append)
     if not_finite:
         yield f"Not finite: {len(not_finite)} of them. Strict readers of JSON refuse the file."
 
 
-def _parts_of(output: Path, sums: dict[str, str]) -> dict[str, Any]:
-    """What an earlier call measured, if it measured the same weights."""
-    try:
-        old = json.loads(output.read_text())
-        return {name: old[name] for name in _PARTS if name in old} if old["sha256"] == sums else {}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or of something else
-        return {}
-
-
-def _pairs(run: FinishedRun, options: Options) -> tuple[Pairs, str]:
-    """The run's held-out pairs, or another file's by the run's template and lengths; in words."""
+def _pairs(finished: FinishedRun, options: Options) -> tuple[Pairs, str]:
+    """The run's held-out pairs, or those of a file under the run's template; and what they are."""
     if options.data_path is None:
-        return run.data.held_out, "held out by the run"
+        return finished.data.held_out, "held out by the run"
     data = replace(
-        run.config.data,
+        finished.config.data,
         name_or_path=options.data_path,
         format=options.data_format,
         subset=None,
@@ -181,37 +159,39 @@ def _pairs(run: FinishedRun, options: Options) -> tuple[Pairs, str]:
         eval_split="train",
         eval_fraction=0.0,
     )
-    loaded = load_data(replace(run.config, data=data), run.tokenizer)
+    loaded = load_data(replace(finished.config, data=data), finished.tokenizer)
     return loaded.train, f"{options.data_path}: {loaded.summary[0].removeprefix('data: ')}"
 
 
-def measure_pairs(run: FinishedRun, pairs: Pairs, options: Options) -> dict[str, Any]:
-    """All figures of held-out pairs, by group; and whether the run had a reference."""
-    has_reference = choose_mode(run.config.reference.mode, run.policy) != "zero"
+def measure_pairs(finished: FinishedRun, pairs: Pairs, options: Options) -> dict[str, Any]:
+    """The statistics of held-out pairs, by group; and whether the run had a reference."""
+    has_reference = choose_mode(finished.config.reference.mode, finished.policy) != "zero"
     return {
         "has_reference": has_reference,
-        "beta": run.config.loss.beta,
-        **group_figures(_columns(run, pairs, options), beta=run.config.loss.beta),
+        "beta": finished.config.loss.beta,
+        **group_statistics(_columns(finished, pairs, options), beta=finished.config.loss.beta),
     }
 
 
-def _columns(run: FinishedRun, pairs: Pairs, options: Options) -> Columns:
-    before = before_training(run)
+def _columns(finished: FinishedRun, pairs: Pairs, options: Options) -> Columns:
+    before = before_training(finished)
     how: dict[str, Any] = {
-        "tokens_per_microbatch": run.config.train.scoring_tokens,
-        "device": run.device,
+        "tokens_per_microbatch": finished.config.train.scoring_tokens,
+        "device": finished.device,
     }
-    logps = score_pairs(pairs, run.scorer, run.reference, **how)
+    logps = score_pairs(pairs, finished.scorer, finished.reference, **how)
     started = logps
-    if before is not run.reference:
-        started = score_pairs(pairs, run.scorer, before, **how)
+    if before is not finished.reference:
+        started = score_pairs(pairs, finished.scorer, before, **how)
     chosen = spread(len(pairs), options.prompts)
     prompts = [pairs[int(i)].prompt_ids for i in chosen]
-    sampled = generate(run.policy.model, run.tokenizer, prompts, **_sampling(run, options, 1.0))
-    # A pair wants two answers; twice the same costs once.
-    answered = list(zip(prompts, sampled, sampled, strict=True))
+    sampling = _sampling(finished, options, 1.0)
+    sampled = generate(finished.policy.model, finished.tokenizer, prompts, **sampling)
+    # A stream needs two answers; the same one twice is computed once.
+    answered = [TokenizedPair(*ids) for ids in zip(prompts, sampled, sampled, strict=True)]
     log_ratios = np.full(len(pairs), np.nan)
-    log_ratios[chosen] = score_pairs(answered, run.scorer, before, **how).chosen_logratios.numpy()
+    of_sampled = score_pairs(answered, finished.scorer, before, **how)
+    log_ratios[chosen] = of_sampled.chosen_logratios.numpy()
     columns = {name: np.array(values) for name, values in held_out_columns(pairs, logps).items()}
     return columns | {
         "before_chosen_logps": started.ref_chosen_logps.numpy(),
@@ -220,25 +200,25 @@ def _columns(run: FinishedRun, pairs: Pairs, options: Options) -> Columns:
     }
 
 
-def before_training(run: FinishedRun) -> TokenLogps:
+def before_training(finished: FinishedRun) -> TokenLogps:
     """Token log-probs of the model before training, also where the run had no reference."""
-    if choose_mode(run.config.reference.mode, run.policy) != "zero":
-        return run.reference
-    with run.before() as model:
-        scorer = Scorer(model, run.scorer.layout)
+    if choose_mode(finished.config.reference.mode, finished.policy) != "zero":
+        return finished.reference
+    with finished.before() as model:
+        scorer = Scorer(model, finished.scorer.layout)
 
     def score(stream: Stream) -> torch.Tensor:
-        with torch.no_grad(), run.before():
+        with torch.no_grad(), finished.before():
             return scorer(stream)
 
     return score
 
 
-def _sampling(run: FinishedRun, options: Options, temperature: float) -> dict[str, Any]:
-    template = choose_template(run.tokenizer, run.config.data.chat_template)
+def _sampling(finished: FinishedRun, options: Options, temperature: float) -> dict[str, Any]:
+    template = choose_template(finished.tokenizer, finished.config.data.chat_template)
     return {
-        "stop_ids": stop_ids(run.policy.model, run.tokenizer, template),
-        "max_new_tokens": options.max_new_tokens or run.config.train.eval_max_new_tokens,
+        "stop_ids": stop_ids(finished.policy.model, finished.tokenizer, template),
+        "max_new_tokens": options.max_new_tokens or finished.config.train.eval_max_new_tokens,
         "temperature": temperature,
         "seed": options.seed,
         "batch_size": options.batch_size,
@@ -246,28 +226,28 @@ def _sampling(run: FinishedRun, options: Options, temperature: float) -> dict[st
 
 
 def measure_win_rate(
-    run: FinishedRun,
+    finished: FinishedRun,
     pairs: Pairs,
     judge: FunctionJudge | EndpointJudge,
     options: Options,
     file: Path,
 ) -> dict[str, Any]:
-    """Both models answer the same prompts from the same seed, the judge compares; see `judges`."""
+    """Lets both models answer the same prompts from the same seed, and the judge compare them."""
     chosen = [int(i) for i in spread(len(pairs), options.prompts)]
     prompts = [pairs[i].prompt_ids for i in chosen]
-    how = _sampling(run, options, options.temperature)
+    how = _sampling(finished, options, options.temperature)
     how["top_p"] = options.top_p
-    policy = generate(run.policy.model, run.tokenizer, prompts, **how)
-    with run.before() as model:
-        base = generate(model, run.tokenizer, prompts, **how)
+    policy = generate(finished.policy.model, finished.tokenizer, prompts, **how)
+    with finished.before() as model:
+        base = generate(model, finished.tokenizer, prompts, **how)
 
     def text(ids: Any) -> str:
-        return str(run.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        return str(finished.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     answers = [
-        Answers(
+        JudgedAnswers(
             row=pairs.row_name(i),
-            prompt=str(run.tokenizer.decode(list(pairs[i].prompt_ids))),
+            prompt=str(finished.tokenizer.decode(list(pairs[i].prompt_ids))),
             chosen=text(pairs[i].chosen_ids),
             base=text(by_base),
             policy=text(by_policy),
@@ -277,8 +257,8 @@ def measure_win_rate(
         for i, by_base, by_policy in zip(chosen, base, policy, strict=True)
     ]
     figures: dict[str, Any] = {"judge": options.judge, "judged_answers": str(file)}
-    unfinished = file.with_suffix(".part")  # what was judged before stays until all is judged now
-    figures |= win_rate_figures(answers, judge_all(judge, answers, unfinished))
+    unfinished = file.with_suffix(".part")  # the old file stays until every answer is judged
+    figures |= win_rate_statistics(answers, judge_all(judge, answers, unfinished))
     unfinished.replace(file)
     for side, written in (("base", base), ("policy", policy)):
         figures[f"cut_{side}"] = sum(ids[-1] not in how["stop_ids"] for ids in written)

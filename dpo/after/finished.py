@@ -1,7 +1,7 @@
 """A finished run, loaded again: the policy with its trained weights, and what it was before.
 
-Merging, generating, evaluating and reporting all start from a run folder. It says everything: which
-model, which rows, which template; so none of them has to be told again, or told differently.
+Merging, generating and evaluating start from a run folder, which says everything: the model, the
+rows, the template. So nothing has to be named again, or could be named differently.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dpo import run_folder
 from dpo.cli import parse
 from dpo.config import Config
 from dpo.data.loader import Pairs, PreferenceData, load_data
@@ -30,12 +31,12 @@ def read_run(folder: Path) -> Config:
     Raises:
         UserError: there is none.
     """
-    if not (folder / "config.yaml").exists() or not (folder / "final").is_dir():
+    if not (folder / run_folder.CONFIG).exists() or not (folder / run_folder.FINAL).is_dir():
         raise UserError(
             f"{folder} holds no finished run: wanted a folder with config.yaml and final/. "
             "Name the train.output_dir of one."
         )
-    return parse(["--config", str(folder / "config.yaml")])
+    return parse(["--config", str(folder / run_folder.CONFIG)])
 
 
 class FinishedRun:
@@ -49,7 +50,7 @@ class FinishedRun:
         UserError: the folder holds no finished run, or not these weights.
     """
 
-    def __init__(self, folder: Path, weights: str = "final"):
+    def __init__(self, folder: Path, weights: str = run_folder.FINAL):
         self.folder, self.config = folder, read_run(folder)
         self.weights = folder / weights
         is_lora = self.config.model.adapter == "lora"
@@ -68,7 +69,7 @@ class FinishedRun:
 
     @cached_property
     def _before(self) -> Frozen | None:
-        """Loaded again, for a run that trained every weight; an adapter is switched off instead."""
+        """The model before training, loaded again; None for an adapter, which is switched off."""
         if self.policy.is_adapted:
             return None
         return Frozen(load_policy(self.config, self.device).model, self.scorer.layout)
@@ -84,7 +85,7 @@ class FinishedRun:
 
     @contextmanager
     def before(self) -> Iterator[nn.Module]:
-        """Inside, the model as it was before training; meanwhile an adapter is off."""
+        """Gives the model as it was before training; within the block, an adapter is off."""
         if self._before is not None:
             yield self._before.model
         else:
@@ -97,9 +98,9 @@ class FinishedRun:
         return load_data(self.config, self.tokenizer)
 
     def some_pairs(self, wanted: int) -> tuple[Sequence[TokenizedPair], str]:
-        """Up to `wanted` pairs evenly over the held-out ones, and what they are, in words.
+        """Up to `wanted` held-out pairs, evenly over all of them; and what they are, in words.
 
-        A run that held nothing out, as the article's, gives pairs that it trained on, and says so.
+        A run that held nothing out, like the article's, gives pairs that it trained on.
         """
         held_out = len(self.data.held_out) > 0
         pairs: Pairs = self.data.held_out if held_out else self.data.train

@@ -1,4 +1,4 @@
-"""What scripts/generate.py does: loads who answers, and lets them speak, in batches or in a chat.
+"""What scripts/generate.py does: loads the models that answer, and asks them, in batches or a chat.
 
 A run folder gives two speakers from one loaded model: the policy, and the base, which is what the
 policy was before training. A model folder, such as a merged model, gives the policy alone.
@@ -18,9 +18,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TextStreamer
 
+from dpo import run_folder
 from dpo.after.finished import FinishedRun
 from dpo.after.output import check_output
-from dpo.after.prompts import Prompt, opening
+from dpo.after.prompts import Prompt, system_messages
 from dpo.config import Config, ModelConfig
 from dpo.data.chat import choose_template, stop_ids
 from dpo.data.formats import IM_START, Message
@@ -37,7 +38,7 @@ def check_request(
     seeds: Sequence[int],
     batch_size: int,
 ) -> None:
-    """Before any work: what cannot be done together, or not at all.
+    """Refuses, before any work, what cannot be done.
 
     Raises:
         UserError: a conversation with prompts, a file or several seeds; an output file that is
@@ -71,14 +72,15 @@ class Speakers:
 
     def __init__(self, path: Path, side: str | None = None, weights: str | None = None):
         self._models: dict[str, Callable[[], AbstractContextManager[nn.Module]]]
-        if (path / "config.yaml").exists():
-            run = FinishedRun(path, weights or "final")
-            self.weights, config, self._tokenizer = run.weights, run.config, run.tokenizer
+        if (path / run_folder.CONFIG).exists():
+            finished = FinishedRun(path, weights or run_folder.FINAL)
+            self.weights, self._tokenizer = finished.weights, finished.tokenizer
+            config = finished.config
             self._models = {
-                "base": run.before,
-                "policy": lambda: nullcontext(run.policy.model),
+                "base": finished.before,
+                "policy": lambda: nullcontext(finished.policy.model),
             }
-            model: Any = run.policy.model
+            model: Any = finished.policy.model
         else:
             _refuse_as_model(path, side, weights)
             settings = ModelConfig(
@@ -116,7 +118,7 @@ class Speakers:
         return ids
 
     def _encode(self, text: str) -> list[int]:
-        """Text as it stands: a control token in it is plain text, but in ready-made ChatML."""
+        """Tokenizes text; control tokens in it are plain text, but not in ready-made ChatML."""
         plain = IM_START not in text
         return self._tokenizer(text, add_special_tokens=plain, split_special_tokens=plain)[  # type: ignore[return-value]
             "input_ids"
@@ -150,9 +152,9 @@ class Speakers:
         *,
         stream: bool = False,
     ) -> list[str]:
-        """The answers of one side to tokenized prompts, as one batch; `stream` prints one of them.
+        """The answers of one side to a batch of tokenized prompts; `stream` prints a single one.
 
-        One seed a prompt; base and policy draw with the same luck.
+        Each prompt has a seed; base and policy draw with the same random numbers.
         """
         streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
         with self._models[side]() as model:
@@ -193,7 +195,7 @@ def answers(
     sampling: Sampling,
     batch_size: int,
 ) -> Iterator[dict[str, Any]]:
-    """One record a prompt and seed, in this order: the prompt, the answer of each side, and how.
+    """One record for each prompt and seed: the prompt, the answer of each side, and how.
 
     Raises:
         UserError: a prompt that cannot be answered; before the first answer.
@@ -202,8 +204,8 @@ def answers(
     asked = [(i, seed) for i in range(len(prompts)) for seed in seeds]
     for start in range(0, len(asked), batch_size):
         batch = asked[start : start + batch_size]
-        ids, luck = [tokens[i] for i, _ in batch], [seed for _, seed in batch]
-        sides = [speakers.answer(side, ids, luck, sampling) for side in speakers.sides]
+        ids, batch_seeds = [tokens[i] for i, _ in batch], [seed for _, seed in batch]
+        sides = [speakers.answer(side, ids, batch_seeds, sampling) for side in speakers.sides]
         for (i, seed), *said in zip(batch, *sides, strict=True):
             by_side = dict(zip(speakers.sides, said, strict=True))
             how = {**asdict(sampling), "weights": str(speakers.weights)}
@@ -211,9 +213,9 @@ def answers(
 
 
 def write_answers(file: Path, records: Iterator[dict[str, Any]], total: int) -> None:
-    """Writes each record as a line of JSON as soon as it is there, behind a bar on a terminal.
+    """Writes each record as a line of JSON as soon as it is there; a terminal shows a bar.
 
-    No file is left by prompts that cannot be answered: the first record comes before it.
+    The file is made after the first record, so prompts that cannot be answered leave none behind.
     """
     first = next(records)
     with file.open("x", encoding="utf-8") as lines:
@@ -225,7 +227,7 @@ def write_answers(file: Path, records: Iterator[dict[str, Any]], total: int) -> 
 def print_answers(
     records: Iterator[dict[str, Any]], sides: Sequence[str], seeds: Sequence[int]
 ) -> None:
-    """Each prompt once, and below it the sides' answers to it, for every seed."""
+    """Prints each prompt once, and below it every side's answer for every seed."""
     shown = None
     for record in records:
         said = record.get("prompt") or record["messages"]
@@ -238,7 +240,7 @@ def print_answers(
 
 
 def stream_answer(speakers: Speakers, prompt: Prompt, seed: int, sampling: Sampling) -> None:
-    """As `print_answers` for one prompt and seed, word by word."""
+    """Prints the answers to one prompt as they are written, like `print_answers`."""
     ids = speakers.tokenize(prompt, sampling.max_new_tokens)
     print(f"\n{prompt.text}")
     for side in speakers.sides:
@@ -251,16 +253,16 @@ def _label(who: str) -> str:
 
 
 def chat(speakers: Speakers, system: str, seed: int, sampling: Sampling) -> None:
-    """A conversation on the terminal; each side keeps its own history, of its own answers."""
+    """Holds a conversation on the terminal; each side has a history of its own answers."""
     with suppress(ImportError):
         import readline  # noqa: F401  # input() then edits its line and remembers the last ones
 
     print("/reset forgets the conversation, /quit or Ctrl-D ends it.")
-    histories = {side: opening(system) for side in speakers.sides}
+    histories = {side: system_messages(system) for side in speakers.sides}
     try:
         while (said := input("\nyou: ").strip()) != "/quit":
             if said == "/reset":
-                histories = {side: opening(system) for side in speakers.sides}
+                histories = {side: system_messages(system) for side in speakers.sides}
             elif said.startswith("/"):
                 print(f"{said} is neither /reset nor /quit")
             elif said:
@@ -276,7 +278,7 @@ def _take_turn(
     seed: int,
     sampling: Sampling,
 ) -> None:
-    """Each side answers and remembers it; a turn that cannot be answered is forgotten."""
+    """Lets each side answer, and adds the turn to its history, unless it cannot be answered."""
     turn = {"role": "user", "content": said}
     try:
         tokens = {

@@ -1,14 +1,14 @@
 """EleutherAI's lm-evaluation-harness on base and policy, from the one model that is loaded.
 
-`open_llm_leaderboard` is the six tasks of the article's leaderboard with its numbers of shots. They
-run as it ran them: plain text, no chat template. Every other task runs through the template that
-the run was trained with, as `lm-eval run --apply_chat_template` would; under `data.chat_template:
-none`, as plain text. A document's own system message is the task's `description`, which may hold
-`{{column}}`; docs/lm_eval/quickstart.yaml shows it.
+`open_llm_leaderboard` is the six tasks of the article's leaderboard with its numbers of shots, as
+plain text without a chat template. Every other task uses the template that the run was trained
+with, as `lm-eval run --apply_chat_template` would; under `data.chat_template: none`, plain text. A
+document's own system message is the task's `description`, which may hold `{{column}}`;
+docs/lm_eval/quickstart.yaml shows it.
 
-What the command-line tool would do otherwise: it adds the tokenizer's BOS before a template that
-does not write one, and ends an answer at EOS only. The policy never saw the first, and may end its
-turns with another token.
+Two things differ from the command-line tool. It adds the tokenizer's BOS before a template that
+does not write one, which the policy never saw in training; and it ends an answer at EOS only,
+though the policy may end its turns with another token.
 """
 
 import copy
@@ -32,14 +32,14 @@ from dpo.evaluate.statistics import standard_error
 
 @dataclass(frozen=True)
 class TaskSetting:
-    """How a task runs: shots (None: as it says itself), chat template, its metric (None: all)."""
+    """How a task runs: shots (None: the task's own), chat template, the metric (None: all)."""
 
     shots: int | None = None
     is_chat: bool = True
     metric: str | None = None
 
 
-# The Open LLM Leaderboard of 2023, which the article was measured on.
+# The Open LLM Leaderboard of 2023, which the article reports.
 LEADERBOARD = {
     "arc_challenge": TaskSetting(25, False, "acc_norm,none"),
     "hellaswag": TaskSetting(10, False, "acc_norm,none"),
@@ -53,7 +53,7 @@ SUITES = {"open_llm_leaderboard": LEADERBOARD}
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task, group or tag as lm-eval's manager of tasks built it, its documents read."""
+    """A task, group or tag as built by lm-eval's TaskManager, with its documents."""
 
     name: str
     setting: TaskSetting
@@ -79,7 +79,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[L
     settings: dict[str, TaskSetting] = {}
     for name in names:
         settings |= SUITES.get(name, {name: TaskSetting()})
-    # Its own 14,000 tasks take long to list; they are needed only if they are asked for.
+    # Listing lm-eval's own 14,000 tasks takes long, so it is done only if one of them is named.
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not settings.keys() <= set(manager.all_tasks):
         manager = TaskManager(include_path=include_path)
@@ -110,7 +110,7 @@ def _build(manager: Any, name: str) -> list[Any]:
 
 
 def run_harness(
-    run: FinishedRun, tasks: Sequence[LoadedTask], *, batch_size: int, limit: int | None = None
+    finished: FinishedRun, tasks: Sequence[LoadedTask], *, batch_size: int, limit: int | None = None
 ) -> dict[str, Any]:
     """Runs every task on policy and base; only the first `limit` documents of each, if given.
 
@@ -122,9 +122,9 @@ def run_harness(
     rows: list[dict[str, Any]] = []
     tables: dict[str, list[str]] = {"base": [], "policy": []}
     for task in tasks:
-        policy = _evaluate(run, run.policy.model, task, batch_size, limit)
-        with run.before() as model:
-            base = _evaluate(run, model, task, batch_size, limit)
+        policy = _evaluate(finished, finished.policy.model, task, batch_size, limit)
+        with finished.before() as model:
+            base = _evaluate(finished, model, task, batch_size, limit)
         for name, results in (("base", base), ("policy", policy)):
             column = "groups" if results.get("groups") else "results"
             tables[name].append(make_table(results, column))
@@ -133,16 +133,16 @@ def run_harness(
 
 
 def _evaluate(
-    run: FinishedRun, model: nn.Module, task: LoadedTask, batch_size: int, limit: int | None
+    finished: FinishedRun, model: nn.Module, task: LoadedTask, batch_size: int, limit: int | None
 ) -> dict[str, Any]:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    tokenizer = copy.deepcopy(run.tokenizer)  # HFLM may set its padding token
-    template = choose_template(tokenizer, run.config.data.chat_template)
+    tokenizer = copy.deepcopy(finished.tokenizer)  # HFLM may set its padding token
+    template = choose_template(tokenizer, finished.config.data.chat_template)
     of_model: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size}
     of_task: dict[str, Any] = {
-        "task_manager": task.manager,  # without one it lists its own tasks again
+        "task_manager": task.manager,  # else lm-eval lists its own tasks again
         "num_fewshot": task.setting.shots,
         "limit": limit,
         "log_samples": True,
@@ -162,8 +162,8 @@ def _evaluate(
 def compare(task: LoadedTask, base: dict[str, Any], policy: dict[str, Any]) -> list[dict[str, Any]]:
     """Metrics of both models, their difference, and the standard error of that difference.
 
-    The error is of the differences document by document (`is_paired`) where the metric is a mean
-    over documents: what is hard for both models then cancels. Elsewhere the two models' own errors
+    If the metric is a mean over documents, the error is that of the differences document by
+    document (`is_paired`), so what is hard for both models cancels. Else the two models' own errors
     are added in squares, as if they had answered different documents; None if there are none.
     """
     names = base["groups"] if base.get("groups") else base["results"]
@@ -227,7 +227,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and math.isfinite(value)
 
 
-# Said of how we call it; nothing that a user could act on.
+# Warnings about how we call it, which a user can do nothing about.
 _KNOWN = (
     "`pretrained` model kwarg is not of type `str`",
     "Passed an already-initialized model",

@@ -1,7 +1,7 @@
 """Win rate of the policy against the model before training, by a judge.
 
-A judge reads a prompt and the two answers to it, and says which is the better one:
-    exact_match      right is what equals the chosen answer; a tie when both or neither do
+A judge reads a prompt and two answers to it, and says which is better:
+    exact_match      an answer is right if it equals the chosen one; a tie if both or neither do
     MODULE:FUNCTION  function(prompt, policy, base, chosen) -> 1.0 (the policy's answer is better),
                      0.5 (a tie) or 0.0, or anything between; four texts, `prompt` as the model
                      reads it, control tokens included; the module is found as Python finds
@@ -33,8 +33,8 @@ from dpo.evaluate.statistics import length_controlled, wilson
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a judge compares, as text; lengths in tokens, turn end included."""
+class JudgedAnswers:
+    """The texts that a judge compares; lengths in tokens, the turn end included."""
 
     row: str
     prompt: str
@@ -47,9 +47,9 @@ class Answers:
 
 @dataclass(frozen=True)
 class Verdict:
-    """1.0: the policy's answer is the better one, 0.5: a tie, 0.0; None: the judge was unclear.
+    """1.0 if the policy's answer is better, 0.5 for a tie, else 0.0; None if the judge is unclear.
 
-    `said` is the judge's own words, where it has any.
+    `said` holds the judge's own words, if it has any.
     """
 
     value: float | None
@@ -57,7 +57,7 @@ class Verdict:
 
 
 def exact_match(prompt: str, policy: str, base: str, chosen: str) -> float:
-    """Whether an answer is right, that is, equals the chosen one; a tie when both or neither is."""
+    """The answer that equals the chosen one wins; a tie if both or neither does."""
     return 0.5 + ((policy == chosen) - (base == chosen)) / 2
 
 
@@ -69,8 +69,8 @@ class FunctionJudge:
     function: Callable[[str, str, str, str], Any]
     workers: int = 1  # a function need not be safe to call from several threads
 
-    def __call__(self, answers: Answers) -> Verdict:
-        """Its verdict; UserError if it does not give a number from 0 to 1."""
+    def __call__(self, answers: JudgedAnswers) -> Verdict:
+        """The function's verdict; UserError if it is not a number from 0 to 1."""
         value = self.function(answers.prompt, answers.policy, answers.base, answers.chosen)
         if isinstance(value, int | float | np.number) and 0 <= value <= 1:
             return Verdict(float(value))
@@ -91,9 +91,9 @@ better, [[C]] if they are equally good."""
 class EndpointJudge:
     """Asks a model behind an OpenAI-compatible chat-completions endpoint, at temperature 0.
 
-    Judges favour the first or the second place (Zheng et al. 2023, arXiv:2306.05685). So both
+    Judges favour the first or the second answer (Zheng et al. 2023, arXiv:2306.05685). So both
     orders are asked, and an answer wins only if it wins both; two different verdicts are a tie.
-    The key is read from OPENAI_API_KEY where it is needed, and stored nowhere.
+    The key is read from OPENAI_API_KEY when it is sent, and stored nowhere.
 
     Attributes:
         url: `.../v1`, or `.../v1/chat/completions`.
@@ -110,7 +110,7 @@ class EndpointJudge:
     wait: float = 1.0
     workers: int = 8
 
-    def __call__(self, answers: Answers) -> Verdict:
+    def __call__(self, answers: JudgedAnswers) -> Verdict:
         """The verdict over both orders; unclear if either reply holds none."""
         said = tuple(
             self._ask(answers.prompt, *order)
@@ -169,7 +169,7 @@ class EndpointJudge:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would send the key on to wherever a server points."""
+    """Refuses redirects: urllib would send the key to the address that a server names."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -224,9 +224,9 @@ def load_judge(name: str, model: str | None = None) -> FunctionJudge | EndpointJ
 
 
 def judge_all(
-    judge: FunctionJudge | EndpointJudge, answers: Sequence[Answers], file: Path
+    judge: FunctionJudge | EndpointJudge, answers: Sequence[JudgedAnswers], file: Path
 ) -> list[Verdict]:
-    """A verdict on each; `file` gets a line as each comes, for a person to read."""
+    """A verdict on each; every verdict is written to `file` at once, for a person to read."""
     verdicts = []
     with file.open("w", encoding="utf-8") as lines:
         for one, verdict in zip(answers, _verdicts(judge, answers), strict=True):
@@ -237,7 +237,7 @@ def judge_all(
 
 
 def _verdicts(
-    judge: FunctionJudge | EndpointJudge, answers: Sequence[Answers]
+    judge: FunctionJudge | EndpointJudge, answers: Sequence[JudgedAnswers]
 ) -> Iterator[Verdict]:
     pool = ThreadPoolExecutor(judge.workers)
     try:
@@ -245,11 +245,13 @@ def _verdicts(
             pool.map(judge, answers), desc="judging", total=len(answers), leave=False, disable=None
         )
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error nobody waits for the rest
+        pool.shutdown(cancel_futures=True)  # after an error the rest is not needed
 
 
-def win_rate_figures(answers: Sequence[Answers], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Win rate of the policy, a tie counted as half, over the clear verdicts; lengths over all."""
+def win_rate_statistics(
+    answers: Sequence[JudgedAnswers], verdicts: Sequence[Verdict]
+) -> dict[str, Any]:
+    """Win rate of the policy over the clear verdicts, a tie as half a win; lengths over all."""
     clear = [(a, v.value) for a, v in zip(answers, verdicts, strict=True) if v.value is not None]
     values = np.array([value for _, value in clear])
     longer_by = [a.policy_length - a.base_length for a, _ in clear]

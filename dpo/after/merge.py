@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo import run_folder
 from dpo.after.card import write_run_card
 from dpo.after.finished import FinishedRun, read_run
 from dpo.after.merge_error import (
@@ -102,7 +103,7 @@ def merge_run(
     folder: Path,
     output: Path,
     *,
-    weights: str = "final",
+    weights: str = run_folder.FINAL,
     base: str = "auto",
     dtype: str = "auto",
     num_pairs: int = 64,
@@ -141,7 +142,7 @@ def merge_run(
     at_most = trained.allowed(merged_dtype, base_scores)
     refuse_wrong(errors[bases[0]], at_most, epsilon, f"merged ({bases[0]} base)")
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as aside:
-        unfinished = Path(aside) / "merged"
+        unfinished = Path(aside) / run_folder.MERGED
         _save(trained, model, unfinished, max_shard_size)
         del model
         gc.collect()

@@ -1,4 +1,4 @@
-"""How far a merged model is from the trained policy, and how far it may be."""
+"""The error of a merged model against the trained policy, and how large it may be."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ class Scores:
     answers: Tensor
 
     def apart(self, other: "Scores") -> float:
-        """Mean absolute difference of a token, nats."""
+        """Mean absolute difference of a token's log-prob, nats."""
         return (self.tokens - other.tokens).abs().mean().item()
 
 
 @torch.no_grad()
 def score(scorer: Scorer, pairs: Sequence[TokenizedPair], budget: int) -> Scores:
-    """All pairs, at most `budget` tokens at a time, always in the same order."""
+    """Scores all pairs, at most `budget` tokens at a time, always in the same order."""
     tokens, answers = [], []
     for positions in micro_batches([pair.num_stream_tokens for pair in pairs], budget):
         stream = build_stream([pairs[i] for i in positions]).to(scorer.device)
@@ -45,8 +45,8 @@ class MergeError:
         per_answer: mean absolute difference of an answer's log-prob, nats.
         effect: mean absolute difference that the adapter makes to a token, nats; 0 without one.
         kept: share of the adapter's effect that the merge added to its base, by least squares over
-            the tokens: 1 for a right merge, 0 for the base alone. Added twice, a small adapter
-            gives 2 (a large one less: log-probs end at 0). None without an effect.
+            the tokens: 1 for a right merge, 0 for the base alone. An adapter that is added twice
+            gives 2, or less if it is large, since log-probs end at 0. None without an effect.
     """
 
     mean: float
@@ -67,10 +67,10 @@ HEADER = f"  {'':12}{'token, mean':>14}{'token, worst':>14}{'answer, mean':>14}{
 def measure(
     policy: Scores, bare: Scores | None, merged: Scores, base: Scores | None = None
 ) -> MergeError:
-    """The merged model against the policy; `bare` is the policy without its adapter, if any.
+    """Compares the merged model with the policy; `bare` is the policy without its adapter, if any.
 
-    `base` is what the merge went into, where that is another model than `bare`: the difference of
-    the two is no effect of the adapter.
+    `base` is the model that the adapter was merged into, if it is another one than `bare`: the
+    difference of the two is not an effect of the adapter.
     """
     worst = (merged.tokens - policy.tokens).abs().max().item()
     per_answer = (merged.answers - policy.answers).abs().mean().item()
@@ -85,15 +85,15 @@ def measure(
 def allowed(effect: float, epsilon: float, apart: float) -> float:
     """The largest mean error, nats per token, of a merge that is right.
 
-    A tenth of the adapter's effect: the bare base is off by all of it, half an adapter or one and a
-    half by 0.3 of it or more, a doubled one by 0.6 or more (on the quickstart, in all types). Where
-    the effect is small, what comes from elsewhere counts: rounding, since the two multiply in
-    another order. And a base that is not the one trained on: then a quarter of the effect, which
-    its adapter may change as well, or thrice what the bases differ by, pass.
+    A tenth of the adapter's effect passes: the bare base is off by all of it, half an adapter or
+    one and a half by 0.3 of it or more, a doubled one by 0.6 or more (quickstart, all types). If
+    the effect is small, rounding counts as well, since merge and policy multiply in another
+    order. If the base is not the one that was trained on, a quarter of the effect passes, since the
+    adapter's effect on it may differ, or three times the difference between the bases.
 
     Args:
-        effect: of the adapter, mean absolute nats per token.
-        epsilon: of the coarsest type of run and merge. The error measured on the quickstart is
+        effect: the adapter's, mean absolute nats per token.
+        epsilon: that of the coarsest type of run and merge. The error measured on the quickstart is
             0.1 epsilon in bfloat16 and float16, and 1e-7 nats in float32; deeper models round more
             often, so 2.5 epsilon and 1e-4 pass.
         apart: how far the merge's base is from the trained one, both without the adapter, nats per
@@ -104,17 +104,17 @@ def allowed(effect: float, epsilon: float, apart: float) -> float:
 
 
 def refuse_wrong(error: MergeError, at_most: float, epsilon: float, what: str) -> None:
-    """Stops at a model that is not the trained policy.
+    """Refuses a model that is not the trained policy.
 
-    The share of the effect tells a wrong merge where both are small. A right one is within 0.4 of
-    1, or as much further as rounding blurs it: 0.08 epsilon over the effect, the most measured on
-    the quickstart. So in bfloat16 a lost adapter is seen from an effect of 0.0015 nats per token
-    on, a doubled one from 0.0025, half of one from 0.01; below, rounding drowns them.
+    Where error and effect are both small, the share of the effect shows a wrong merge. A right one
+    is within 0.4 of 1, plus what rounding adds: 0.08 epsilon over the effect, the most measured on
+    the quickstart. So in bfloat16 a lost adapter is detected from an effect of 0.0015 nats per
+    token on, a doubled one from 0.0025, half of one from 0.01; below, rounding hides them.
 
     Args:
-        error: of the model.
+        error: what `measure` gave.
         at_most: the largest mean error that passes, nats per token.
-        epsilon: of the coarsest type of run and merge.
+        epsilon: that of the coarsest type of run and merge.
         what: the model, in words.
 
     Raises:

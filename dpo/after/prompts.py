@@ -1,7 +1,7 @@
 """Prompts for scripts/generate.py: from the command line, a file, or standard input.
 
-A line of text is what a user says. A row holds `prompt` or `messages`; or it is a preference row of
-any format that training reads, and its prompt is taken.
+A line of text is a user's message. A row holds `prompt` or `messages`; or it is a preference row of
+any format that training reads, whose prompt is taken.
 """
 
 import sys
@@ -17,7 +17,7 @@ from dpo.errors import UserError
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked, and where it was read, for messages."""
+    """What is asked, and where it was read, for error messages."""
 
     said: list[Message] | str
     """Messages for the chat template; text is continued as it stands (ready-made ChatML too)."""
@@ -26,12 +26,12 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """For a person to read: what was said last."""
+        """The last message, for a person to read."""
         return self.said if isinstance(self.said, str) else self.said[-1]["content"]
 
     @property
     def columns(self) -> dict[str, Any]:
-        """As a row: `prompt`, if it is text or all that a user says, else `messages`."""
+        """The prompt as a row: `prompt` for text or a single user message, else `messages`."""
         if isinstance(self.said, str) or self.said == [{"role": "user", "content": self.text}]:
             said: dict[str, Any] = {"prompt": self.text}
         else:
@@ -40,7 +40,7 @@ class Prompt:
 
 
 def read_prompts(said: Sequence[str], file: str | None, system: str = "") -> list[Prompt]:
-    """The prompts of the command line, or of a file; of standard input for `-`, or if it is a pipe.
+    """Reads prompts from the command line, a file, or standard input (`-`, or a pipe).
 
     `system` goes before every prompt that has no system message of its own.
 
@@ -80,7 +80,7 @@ def _ask(text: str, where: str) -> Prompt:
 
 
 def _from_lines(file: str) -> Iterator[Prompt]:
-    """One prompt a line; empty lines are skipped."""
+    """One prompt for each line; empty lines are skipped."""
     name = "standard input" if file == "-" else file
     if file != "-" and not file.lower().endswith(".txt"):
         kinds = ", ".join((".txt", *SUFFIXES))
@@ -133,9 +133,9 @@ def _with_system(prompt: Prompt, system: str) -> Prompt:
         )
     if prompt.said[0]["role"] in SYSTEM_ROLES:
         return prompt
-    return Prompt([*opening(system), *prompt.said], prompt.where, prompt.tools)
+    return Prompt([*system_messages(system), *prompt.said], prompt.where, prompt.tools)
 
 
-def opening(system: str) -> list[Message]:
-    """How a conversation begins: with the system message, if there is one."""
+def system_messages(system: str) -> list[Message]:
+    """The start of a conversation: the system message, if there is one."""
     return [{"role": "system", "content": system}] if system else []

@@ -1,1 +1,1 @@
-"""What is looked at during training: held-out pairs, samples, token rewards, warnings."""
+"""Evaluation during training: held-out pairs, samples, token rewards, warnings."""

@@ -1,22 +1,21 @@
-"""What a run's own figures give away while there is still time: seen once, said once.
+"""Warnings that follow from a run's metrics while there is still time to act; each comes once.
 
-Loss, margin and reward accuracy look at the given answers only, and look best when a run has gone
-too far. These look elsewhere. docs/diagnostics.md shows each of them on a real run.
+Loss, margin and reward accuracy are about the given answers only, and are best when a run has gone
+too far. These warnings look at other metrics. docs/diagnostics.md shows each on a real run.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-WINDOW = 10  # logged training steps that a finding looks back on: one step's pairs are few
+from dpo.run_folder import Line
+
+LOOK_BACK = 10  # logged training steps that a finding averages, since one step has few pairs
 DISPLACEMENT = 0.05  # nats that the chosen answers lost, on average
 KL_PER_TOKEN = 0.5  # nats of KL per generated token; the quickstart's good runs stay below 0.1
 LENGTH_DRIFT = 0.2  # share by which the answers became longer or shorter
-RANKING_GAP = 0.25  # reward accuracy minus ranking accuracy,
-RANKING_RISE = 0.05  # once the latter rises less than this over two evaluations
-
-Line = Mapping[str, Any]  # of metrics.jsonl: "step", and metrics by name
+RANKING_GAP = 0.25  # reward accuracy minus ranking accuracy
+RANKING_RISE = 0.05  # of ranking accuracy over two evaluations; less means that it has stopped
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Finding:
     Attributes:
         key: its name in docs/diagnostics.md.
         step: where it was first seen.
-        saw: the figures.
+        saw: what was seen, with its values.
         means, try_this: one sentence each.
     """
 
@@ -50,22 +49,22 @@ def diagnose(lines: Iterable[Line], beta: float | None) -> list[Finding]:
 
 
 class Watch:
-    """Looks at one line of metrics after the other; each finding comes once.
+    """Reads one line of metrics after the other; returns each finding once.
 
     Args:
-        beta: of the run, to read rewards in nats; None if it had no reference, so that a reward is
-            no change of a log-prob.
+        beta: the run's, to convert rewards to nats; None for a run without a reference, where a
+            reward is not a change of a log-prob.
     """
 
     def __init__(self, beta: float | None) -> None:
         self._beta = beta
-        self._recent: deque[Line] = deque(maxlen=WINDOW)
+        self._recent: deque[Line] = deque(maxlen=LOOK_BACK)
         self._before: Line = {}
         self._rankings: deque[float] = deque(maxlen=3)
         self._found: set[str] = set()
 
     def see(self, line: Line) -> list[Finding]:
-        """What is new in this line, which may be of training or of an evaluation."""
+        """The new findings in a line of training or of an evaluation."""
         found: list[Finding] = []
         if "eval/loss" in line:
             self._rankings.append(line["eval/ranking_accuracy"])
@@ -75,7 +74,7 @@ class Watch:
                 found += self._evaluation(line)
         elif "train/loss" in line:
             self._recent.append(line)
-            if len(self._recent) == WINDOW:
+            if len(self._recent) == LOOK_BACK:
                 found += self._training(int(line["step"]))
         new = [finding for finding in found if finding.key not in self._found]
         self._found |= {finding.key for finding in new}
@@ -83,14 +82,14 @@ class Watch:
 
     def _training(self, step: int) -> Iterator[Finding]:
         loss, accuracy, reward = (
-            sum(line[f"train/{name}"] for line in self._recent) / WINDOW
+            sum(line[f"train/{name}"] for line in self._recent) / LOOK_BACK
             for name in ("loss", "rewards/accuracies", "rewards/chosen")
         )
         if accuracy >= 0.99 and loss < 0.05:
             yield Finding(
                 "saturation",
                 step,
-                f"Over {WINDOW} logged steps the training loss is {loss:.3f} and the reward "
+                f"Over {LOOK_BACK} logged steps the training loss is {loss:.3f} and the reward "
                 f"accuracy {accuracy:.1%}.",
                 "The pairs hardly teach any more; what still moves the weights is a few of them.",
                 "Stop here, lower the learning rate, or look for pairs that are harder to tell "
@@ -101,7 +100,7 @@ class Watch:
             yield Finding(
                 "displacement",
                 step,
-                f"Over {WINDOW} logged steps the chosen answers of the training pairs are "
+                f"Over {LOOK_BACK} logged steps the chosen answers of the training pairs are "
                 f"{fall:.2f} nats less likely than before training.",
                 *_DISPLACEMENT,
             )

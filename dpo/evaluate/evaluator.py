@@ -1,10 +1,10 @@
 """The policy on held-out pairs and prompts: before, during and after training.
 
-Over all held-out pairs: the metrics of training. Over `eval_prompts` of their prompts, the policy
-answers twice. A sampled answer measures how far it has moved: `eval/kl` is the mean of
-log pi - log pi_ref over answers sampled from the policy at temperature 1, nats per answer, an
-unbiased estimate of KL(pi || pi_ref). A greedy answer is what a user would see: its length, a
-sample to read, and where the chosen answer is the only right one, whether it is right.
+All held-out pairs give the metrics that training logs too. To `eval_prompts` of their prompts the
+policy gives two answers. A sampled answer measures how far the policy has moved: `eval/kl` is the
+mean of log pi - log pi_ref over answers sampled from the policy at temperature 1, nats per answer,
+an unbiased estimate of KL(pi || pi_ref). A greedy answer is what a user would see: it gives a
+length, a sample to read, and whether it is right, if the chosen answer is the only right one.
 """
 
 from collections.abc import Sequence
@@ -26,16 +26,14 @@ from dpo.evaluate.samples import generate
 from dpo.evaluate.statistics import spread
 from dpo.logps import pair_logps
 from dpo.losses import LOSSES, PairLogps
-from dpo.metrics import METRICS, pair_metrics
+from dpo.metrics import PAIR_METRICS, pair_metrics
 from dpo.model.models import Models
 from dpo.model.reference import TokenLogps
-
-Answered = tuple[Sequence[int], Sequence[int], Sequence[int]]  # token ids: prompt and two answers
 
 
 @torch.no_grad()
 def score_pairs(
-    pairs: Sequence[TokenizedPair | Answered],
+    pairs: Sequence[TokenizedPair],
     scorer: nn.Module,
     reference: TokenLogps,
     *,
@@ -43,11 +41,10 @@ def score_pairs(
     device: torch.device,
 ) -> PairLogps:
     """Log-probs of both answers of every pair, (pairs,) each, in the order given, on the CPU."""
-    items = [pair if isinstance(pair, TokenizedPair) else TokenizedPair(*pair) for pair in pairs]
-    num_tokens = [item.num_stream_tokens for item in items]
-    values = torch.zeros(len(fields(PairLogps)), len(items))
+    num_tokens = [pair.num_stream_tokens for pair in pairs]
+    values = torch.zeros(len(fields(PairLogps)), len(pairs))
     for positions in micro_batches(num_tokens, tokens_per_microbatch):
-        stream = build_stream([items[i] for i in positions]).to(device)
+        stream = build_stream([pairs[i] for i in positions]).to(device)
         logps = pair_logps(scorer(stream), reference(stream), stream.sequence_ids, stream.num_pairs)
         values[:, positions] = torch.stack([vars(logps)[f.name] for f in fields(logps)]).cpu()
     return PairLogps(*values)
@@ -58,9 +55,9 @@ class Evaluation:
     """What one evaluation found.
 
     Attributes:
-        metrics: by name, `eval/...`.
-        samples: one per prompt, the same prompts every time.
-        logps: of every held-out pair, in their order, on the CPU.
+        metrics: values by name, `eval/...`.
+        samples: one per prompt, for the same prompts at every evaluation.
+        logps: log-probs of every held-out pair, in their order, on the CPU.
     """
 
     metrics: dict[str, float]
@@ -79,7 +76,7 @@ class Evaluator:
     held_out: Pairs
 
     def evaluate(self) -> Evaluation:
-        """All held-out pairs, and answers to some of their prompts."""
+        """Scores all held-out pairs, and answers some of their prompts."""
         self.models.scorer.eval()
         logps = self._score_held_out()
         samples = self._answers() if self.config.train.eval_prompts else []
@@ -87,8 +84,8 @@ class Evaluator:
         loss = self.config.loss
         losses = LOSSES[loss.type](logps, **loss.options)
         means = pair_metrics(logps, losses, beta=loss.beta).mean(dim=1)
-        metrics: dict[str, float] = dict(zip(METRICS, means.tolist(), strict=True))
-        if samples and self.models.reference.mode != "zero":  # else there is nothing to be far from
+        metrics: dict[str, float] = dict(zip(PAIR_METRICS, means.tolist(), strict=True))
+        if samples and self.models.reference.mode != "zero":  # without a reference there is no KL
             metrics["kl"] = _mean(samples, "log_ratio")
         if samples:
             metrics["lengths/generated"] = _mean(samples, "length")
@@ -98,7 +95,7 @@ class Evaluator:
         return Evaluation(named, samples, logps)
 
     def _score_held_out(self) -> PairLogps:
-        """Each rank scores every so-manieth pair; all get the whole."""
+        """Rank r scores pairs r, r + ranks, ...; every rank gets all results."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         mine = range(rank, len(self.held_out), ranks)
         logps = self._score([self.held_out[i] for i in mine], self.models.reference)
@@ -106,7 +103,7 @@ class Evaluator:
         every = sorted(gather_object(rows))
         return PairLogps(*torch.tensor([values for _, *values in every]).unbind(1))
 
-    def _score(self, pairs: Sequence[TokenizedPair | Answered], reference: TokenLogps) -> PairLogps:
+    def _score(self, pairs: Sequence[TokenizedPair], reference: TokenLogps) -> PairLogps:
         return score_pairs(
             pairs,
             self.models.scorer,
@@ -130,9 +127,9 @@ class Evaluator:
         greedy, sampled = (
             generate(model, self.tokenizer, prompts, temperature=t, **options) for t in (0.0, 1.0)
         )
-        # Scored as pairs of (sampled, greedy) answers; the sampled ones give the KL.
-        answered = list(zip(prompts, sampled, greedy, strict=True))
-        # Nobody will ask for these answers again: not through the cache.
+        # Scored as pairs of a sampled and a greedy answer; the sampled ones give the KL.
+        answered = [TokenizedPair(*ids) for ids in zip(prompts, sampled, greedy, strict=True)]
+        # The live reference, since a cache would keep answers that are never asked for again.
         log_ratios = self._score(answered, self.models.reference.live).chosen_logratios.tolist()
         samples = [
             {

@@ -2,13 +2,13 @@
 
 A sampled answer depends on the weights, its prompt's tokens, the seed and the sampling options, and
 on nothing else: not on the other prompts, their order or the batch size. So base and policy draw
-with the same luck, and one process samples what two do. The forward of a batch differs from that of
-a single row in the last bits of its logits, though, so that very rarely (often enough to notice
-with half-precision weights) a draw on the edge between two tokens falls to the other side.
+with the same random numbers, and one process samples what two do. The logits of a batch differ from
+those of a single row in their last bits, though, so very rarely (often enough to notice with
+half-precision weights) a draw on the border between two tokens gives the other one.
 
-Left out on purpose: every other way to bend the distribution. A model's own generation_config.json
-may ask for a repetition penalty or a top-k; it is not read but for its stop tokens, since `eval/kl`
-and a comparison of two models want the distribution that the weights define.
+Left out on purpose: every other change of the distribution. A model's own generation_config.json
+may ask for a repetition penalty or a top-k; only its stop tokens are read, since `eval/kl` and a
+comparison of two models want the distribution that the weights define.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class Sampling:
     top_p: float = 0.9
     """Only the likeliest tokens that make up this much of the probability can be drawn."""
     max_new_tokens: int = 200
-    """Where an answer is cut that has not ended."""
+    """An answer that has not ended is cut there."""
 
     def __post_init__(self) -> None:
         for name, wanted, holds in (
@@ -62,14 +62,14 @@ class Sampling:
 class Draw(LogitsProcessor):
     """Leaves one token a row, drawn from the softmax of its scores.
 
-    By inverse transform: the first token, in the vocabulary's order, at which the cumulative
-    probability exceeds a uniform number. That number is a function of (seed, prompt, position), and
-    probabilities are whole multiples of 2^-53, whose sums are the same in whatever order.
+    It is drawn by inverse transform: the first token, in the vocabulary's order, at which the
+    cumulative probability exceeds a uniform number. That number is a function of (seed, prompt,
+    position), and probabilities are integer multiples of 2^-53, whose sums do not depend on order.
 
     Args:
         prompts: token ids of each row, without padding.
         seeds: one a row.
-        num_tokens: how many are drawn at most.
+        num_tokens: the most tokens that are drawn.
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], num_tokens: int):
@@ -170,7 +170,7 @@ def _ready(model: nn.Module) -> Iterator[Any]:
 
 
 def _uncompiled(base: nn.Module) -> AbstractContextManager[Any]:
-    """Compiled layers run as they are: each length of the cache of keys would be compiled anew."""
+    """Turns compilation off: every length of the key cache would be compiled anew."""
     is_compiled = any(module._compiled_call_impl is not None for module in base.modules())
     return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 

@@ -1,7 +1,7 @@
 """Statistics of held-out pairs: what the policy prefers, how surely, and how far it has moved.
 
 Everything is a function of columns, one value a pair: those of held_out.jsonl (see
-`show.evaluate.held_out_columns`), and beside them
+`dpo.evaluate.evaluator.held_out_columns`), and beside them
     before_chosen_logps, before_rejected_logps  under the model before training, nats; that is the
                                                 reference, unless the run had none
     sampled_log_ratios                          log pi - log pi_before of an answer sampled to the
@@ -22,12 +22,12 @@ RIDGE = 1e-3
 
 
 def wilson(successes: float | int, trials: int) -> tuple[float, float]:
-    """The 95 % interval of a share; unlike mean ± error it stays inside [0, 1] and is never empty.
+    """The 95 % interval of a share, which stays inside [0, 1] and is never empty.
 
     A tie may count as half a success: the interval is then wider than it need be. Source: Wilson
     1927, "Probable inference, the law of succession, and statistical inference".
     """
-    z = 1.959964  # of the normal distribution, 95 % lies within
+    z = 1.959964  # 95 % of a normal distribution lies within +- z
     share = successes / trials
     middle = share + z**2 / (2 * trials)
     half = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
@@ -36,7 +36,7 @@ def wilson(successes: float | int, trials: int) -> tuple[float, float]:
 
 
 def standard_error(values: np.ndarray) -> float | None:
-    """Of the mean of `values`; None for fewer than two."""
+    """The standard error of the mean of `values`; None for fewer than two."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
@@ -51,9 +51,9 @@ def length_controlled(
         P(win) = sigmoid(a + b tanh(difference / standard deviation of the differences)),
 
     read at difference 0: sigmoid(a). tanh, because ten times longer is not ten times better liked.
-    A weak ridge on a and b keeps them finite where length alone decides. None: one side is always
-    the longer one, so that length cannot be told from merit; to read the curve at 0 would be to
-    guess.
+    A weak ridge on a and b keeps them finite where length alone decides. The result is None where
+    one side is always the longer one: length cannot be told from merit, and the value at 0 would be
+    an extrapolation.
 
     Source: Dubois et al. 2024, arXiv:2404.04475 (AlpacaEval 2), without its difficulty per prompt.
     """
@@ -82,12 +82,12 @@ def length_controlled(
 
 
 def spread(total: int, wanted: int) -> np.ndarray:
-    """`wanted` positions, evenly over all of them: files are often sorted by source."""
+    """`wanted` positions, evenly over all of them, since files are often sorted by source."""
     return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(int))
 
 
-def pair_figures(columns: Columns, *, beta: float) -> dict[str, Any]:
-    """Every figure of one group of pairs; shares in [0, 1], log-probs in nats, `_se` its error."""
+def pair_statistics(columns: Columns, *, beta: float) -> dict[str, Any]:
+    """The statistics of one group of pairs: shares in [0, 1], log-probs in nats, `_se` an error."""
     chosen, rejected = (
         beta * (columns[f"policy_{side}_logps"] - columns[f"ref_{side}_logps"])
         for side in ("chosen", "rejected")
@@ -139,8 +139,8 @@ def _ranking(columns: Columns, model: str, suffix: str) -> dict[str, Any]:
     }
 
 
-def group_figures(columns: Columns, *, beta: float) -> dict[str, dict[str, Any]]:
-    """`pair_figures` of all pairs, by source (where there are several), by length, by the longer.
+def group_statistics(columns: Columns, *, beta: float) -> dict[str, dict[str, Any]]:
+    """`pair_statistics` of all pairs, by source (if several), by length, by the longer answer.
 
     Lengths are tokens of both answers together, in thirds of about equally many pairs.
     """
@@ -161,10 +161,10 @@ def group_figures(columns: Columns, *, beta: float) -> dict[str, dict[str, Any]]
         },
     }
     return {
-        "all": pair_figures(columns, beta=beta),
+        "all": pair_statistics(columns, beta=beta),
         **{
             kind: {
-                name: pair_figures({key: c[mask] for key, c in columns.items()}, beta=beta)
+                name: pair_statistics({key: c[mask] for key, c in columns.items()}, beta=beta)
                 for name, mask in masks.items()
                 if mask.any()
             }

@@ -2,7 +2,7 @@
 
 DPO's implicit reward of an answer is a sum over its tokens (Rafailov et al. 2023, arXiv:2305.18290,
 eq. 5, up to a constant of the prompt), so it can be read token by token (Rafailov et al. 2024,
-arXiv:2404.12358). One number per answer hides what the policy learned: the fact, or the style.
+arXiv:2404.12358). One number per answer hides whether the policy learned the fact or the style.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from dpo.evaluate.statistics import spread
 from dpo.losses import PairLogps, implicit_rewards
 from dpo.model.reference import TokenLogps
 
-SPREAD, LOWEST = 6, 3  # pairs to show: evenly over all, and those with the lowest margin
+EVENLY, LOWEST = 6, 3  # pairs to show: evenly over all, and those with the lowest margin
 
 
 def pairs_to_show(logps: PairLogps, *, beta: float) -> list[tuple[int, str]]:
     """(index, why) of the pairs whose tokens are worth a look."""
     chosen, rejected = implicit_rewards(logps, beta=beta)
     lowest = (chosen - rejected).argsort()[:LOWEST].tolist()
-    evenly = [i for i in spread(len(chosen), SPREAD).tolist() if i not in lowest]
+    evenly = [i for i in spread(len(chosen), EVENLY).tolist() if i not in lowest]
     reasons = [(evenly, "spread over the held-out pairs"), (lowest, "lowest margin")]
     return [(index, why) for indices, why in reasons for index in indices]
 
@@ -40,7 +40,7 @@ def rewards_to_show(
     beta: float,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Some of the pairs, of which `logps` are, token by token: what token_rewards.json holds."""
+    """Some of the pairs, chosen by their `logps`, token by token: what token_rewards.json holds."""
     context = (scorer, reference, tokenizer)
     return [
         {"row": pairs.row_name(i), "why": why}
@@ -86,8 +86,8 @@ def text_pieces(
 ) -> list[str]:
     """What each token adds to the text: joined, they are the text.
 
-    A token alone would lose its leading space (SentencePiece) and the halves of a character that
-    two tokens share (bytes); such a character stands with the token that completes it.
+    A token decoded alone would lose its leading space (SentencePiece), or half of a character that
+    two tokens share (bytes); such a character goes to the token that completes it.
     """
 
     def decode(start: int, end: int) -> str:

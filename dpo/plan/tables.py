@@ -22,7 +22,7 @@ from dpo.plan.fit import (
 from dpo.plan.flops import Costs, Work, costs
 from dpo.plan.gpus import Gpu
 from dpo.plan.plan import Sample, disk_parts, mean_work, order_of
-from dpo.table import Row, Table
+from dpo.table import Cells, Table
 
 ALLOWANCE_GIB = 2.0  # CUDA's context, the driver's and ECC's share, the allocator's gaps
 
@@ -46,11 +46,11 @@ def plan_tables(config: Config, gpu: Gpu, sample: Sample, *, mfu: float) -> Iter
 
 
 def _lengths_table(sample: Sample) -> Table:
-    def row(name: str, numbers: list[int]) -> Row:
+    def row(name: str, numbers: list[int]) -> Cells:
         return name, f"{sum(numbers) / len(numbers):.1f}", str(max(numbers))
 
     pairs = sample.pairs
-    rows: list[Row] = [
+    rows: list[Cells] = [
         (f"tokens of a pair, {sample.origin}", "mean", "longest"),
         row("prompt", [len(pair.prompt_ids) for pair in pairs]),
         row("chosen", [len(pair.chosen_ids) for pair in pairs]),
@@ -66,7 +66,7 @@ def _memory_table(
 ) -> Table:
     """`tokens` at once: the budget, or all of a step where that is less."""
     everything = ALLOWANCE_GIB * 2**30 + sum(parts.values()) + activations
-    rows: list[Row] = [("memory", "GiB"), *((part, _gib(size)) for part, size in parts.items())]
+    rows: list[Cells] = [("memory", "GiB"), *((part, _gib(size)) for part, size in parts.items())]
     rows += [
         (f"activations of {tokens} tokens, and the head's tile", _gib(activations)),
         ("context and fragmentation (allowance, not measured)", f"{ALLOWANCE_GIB:.2f}"),
@@ -115,7 +115,7 @@ def _costs_table(
     if config.reference.mode == "zero":
         live = cached
     pairs, steps = order.pairs_per_step, order.num_steps
-    rows: list[Row] = [("FLOPs", "reference each step", "reference cached")]
+    rows: list[Cells] = [("FLOPs", "reference each step", "reference cached")]
     for name, part in (
         ("policy forward, a pair", "forward"),
         ("policy backward", "backward"),

@@ -1,4 +1,4 @@
-"""What charts show: series of points, in words too. `dpo.report.drawing` draws them."""
+"""What charts show: series of points, also in words. `dpo.report.drawing` draws them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 
 Numbers = Sequence[int | float]
 
-MAX_POINTS = 400  # of one series; more are thinned out
+MAX_POINTS = 400  # of one series; longer ones are thinned out
 
 # Seven hues that colour-blind readers can tell apart (after Okabe and Ito 2008) and five markers:
 # 35 runs before a pair repeats. `RUN_LINES` cycles beside them.
@@ -24,7 +24,7 @@ RUN_LINES = ("-", "--", ":", "-.")
 DASHES = {"-": "", "--": "6 3", ":": "1.5 2.5", "-.": "6 3 1.5 3", "": ""}
 
 
-def number(value: int | float, *, percent: bool = False) -> str:
+def shown_number(value: int | float, *, percent: bool = False) -> str:
     """Four significant digits, or per cent with one decimal."""
     return f"{value:.1%}" if percent else f"{value:.4g}"
 
@@ -37,10 +37,10 @@ class Series:
         name: for the legend; series of one name share an entry.
         colour: a CSS variable's name without its `--`.
         x, y: one number a point.
-        at, text: what x and y of each point are, in words, for the reader who points at it.
+        at, text: x and y of each point in words, shown when a reader points at it.
         line: matplotlib's line style; "" for points alone.
         marker: one of `MARKERS`, or "" for a line alone.
-        band: lowest and highest y around each point, where a point is the mean of several.
+        band: lowest and highest y around each point, if a point is the mean of several.
         edges: one more than the points; the series is then drawn as the bars between them.
     """
 
@@ -71,14 +71,15 @@ class Chart:
     """What is drawn, and what is said about it.
 
     Attributes:
-        title, note: for the page: what it shows, and one sentence to read it by.
+        title, note: what the chart shows, and how to read it.
         series: at least one, each with at least one point.
         x_label: below the axis.
         percent: y is a share.
         level: (y, text) of a horizontal line to compare with.
         mark: (x, text) of a vertical one.
-        pick: what pointing chooses: the nearest x, with every series' nearest point; or one point.
-        symlog_x: x grows logarithmically, but linearly around 0, which it can show.
+        pick: what pointing at the chart selects: the nearest x, with the nearest point of every
+            series; or a single point.
+        symlog_x: the x axis is logarithmic, but linear around 0.
     """
 
     title: str
@@ -130,7 +131,7 @@ def curve(
             x=steps,
             y=values,
             at=[f"step {step:.0f}" for step in steps],
-            text=[number(value, percent=percent) for value in values],
+            text=[shown_number(value, percent=percent) for value in values],
         )
     x_buckets = np.array_split(np.asarray(steps, dtype=float), MAX_POINTS // 2)
     y_buckets = np.array_split(np.asarray(values, dtype=float), MAX_POINTS // 2)
@@ -144,8 +145,8 @@ def curve(
         y=means,
         at=[f"steps {bucket[0]:.0f} to {bucket[-1]:.0f}" for bucket in x_buckets],
         text=[
-            f"{number(mean, percent=percent)} "
-            f"({number(least, percent=percent)} to {number(most, percent=percent)})"
+            f"{shown_number(mean, percent=percent)} "
+            f"({shown_number(least, percent=percent)} to {shown_number(most, percent=percent)})"
             for mean, least, most in zip(means, low, high, strict=True)
         ],
         band=(low, high),

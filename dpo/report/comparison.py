@@ -1,36 +1,26 @@
-"""Several runs beside each other: what differs, what came of it, and what it cost in KL."""
+"""Several runs beside each other: what differs, what they achieved, and at what KL."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpo.report.charts import MARKERS, RUN_COLOURS, RUN_LINES, Chart, Series, curve, number
+from dpo.metrics import metric
+from dpo.report.charts import MARKERS, RUN_COLOURS, RUN_LINES, Chart, Series, curve, shown_number
 from dpo.report.digest import shown
 from dpo.report.logs import RunLogs
 
-# The columns of results: metric, name, format, and which of two values is the better one. KL is a
-# cost, which the frontier weighs; lengths have no better side.
-_RESULTS: tuple[tuple[str, str, str, Callable[..., float] | None], ...] = (
-    ("eval/exact_match", "Right answers", ".1%", max),
-    ("eval/rewards/accuracies", "Reward accuracy", ".1%", max),
-    ("eval/ranking_accuracy", "Ranking accuracy", ".1%", max),
-    ("eval/rewards/margins", "Reward margin", ".3f", max),
-    ("eval/loss", "Loss", ".4f", min),
-    ("eval/kl", "KL, nats per answer", ".2f", None),
-    ("eval/lengths/generated", "Answer length, tokens", ".1f", None),
-    ("eval/logps/chosen", "Log-prob of chosen, nats", ".2f", max),
-)
+# The columns of results, and the curves.
+_RESULTS = (
+    "eval/exact_match eval/rewards/accuracies eval/ranking_accuracy eval/rewards/margins eval/loss "
+    "eval/kl eval/lengths/generated eval/logps/chosen"
+).split()
+_COSTS = ("eval/kl",)  # the frontier weighs it: a run that learned nothing has the lowest
 _OF_ONE_LOSS = ("eval/rewards/margins", "eval/loss")  # with another beta, on another scale
 _OVERLAID = (
-    ("eval/exact_match", "Right answers, held out", True),
-    ("eval/rewards/accuracies", "Reward accuracy, held out", True),
-    ("eval/loss", "Loss, held out", False),
-    ("eval/rewards/margins", "Reward margin, held out", False),
-    ("eval/kl", "KL to the reference, nats per answer", False),
-    ("train/loss", "Loss, training", False),
-    ("train/rewards/margins", "Reward margin, training", False),
-)
+    "eval/exact_match eval/rewards/accuracies eval/loss eval/rewards/margins eval/kl train/loss "
+    "train/rewards/margins"
+).split()
 _NOT_A_DIFFERENCE = ("train.output_dir",)
 
 
@@ -39,7 +29,7 @@ class Column:
     """One result for each run, as text; "" where a run has none.
 
     Attributes:
-        best: which runs have the best value; nobody, where no value is better than another.
+        best: which runs have the best value; none, if no value is better than another.
     """
 
     name: str
@@ -48,7 +38,7 @@ class Column:
 
 
 def name_apart(runs: Sequence[RunLogs], folders: Sequence[Path]) -> list[RunLogs]:
-    """The runs, with as much of their paths in the names as tells them apart."""
+    """The runs, with names that contain as much of their paths as tells them apart."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]) for each in parts]
@@ -58,7 +48,7 @@ def name_apart(runs: Sequence[RunLogs], folders: Sequence[Path]) -> list[RunLogs
 
 
 def differing_keys(runs: Sequence[RunLogs]) -> list[tuple[str, list[str]]]:
-    """(key, its value in each run) of every configured value that is not the same in all."""
+    """(key, its value in each run) of every key whose value is not the same in all runs."""
     keys = {
         f"{section}.{key}": None
         for run in runs
@@ -79,19 +69,20 @@ def _value(run: RunLogs, key: str) -> object:
 
 
 def results(runs: Sequence[RunLogs]) -> list[Column]:
-    """The last evaluation of every run, one column a metric that any of them has."""
+    """The last evaluation of every run: one column for each metric that any of them has."""
     columns = []
-    for key, name, shape, better in _RESULTS:
+    for key in _RESULTS:
+        entry, better = metric(key), metric(key).better
         values = [run.evaluations[-1].get(key) if run.evaluations else None for run in runs]
         known = [value for value in values if value is not None]
         if not known:
             continue
-        comparable = key not in _OF_ONE_LOSS or have_one_loss(runs)
+        comparable = key not in _COSTS and (key not in _OF_ONE_LOSS or have_one_loss(runs))
         best = better(known) if better and comparable and len(set(known)) > 1 else None
         columns.append(
             Column(
-                name,
-                ["" if value is None else format(value, shape) for value in values],
+                entry.title,
+                ["" if value is None else format(value, entry.format) for value in values],
                 [value is not None and value == best for value in values],
             )
         )
@@ -107,7 +98,9 @@ def have_one_loss(runs: Sequence[RunLogs]) -> bool:
 def overlaid_curves(runs: Sequence[RunLogs]) -> list[Chart]:
     """One chart a metric, one line a run."""
     charts = []
-    for key, title, percent in _OVERLAID:
+    for key in _OVERLAID:
+        title = f"{metric(key).title}, {'held out' if key.startswith('eval/') else 'training'}"
+        percent = metric(key).is_share
         series = [
             curve(
                 *run.values(key),
@@ -141,7 +134,7 @@ def frontier(runs: Sequence[RunLogs]) -> list[Chart]:
     groups = sorted({_beta(run) for run in runs})
     series = []
     for run in sorted(runs, key=_beta):
-        # Before training every reward ties, so that reward accuracy says nothing there.
+        # Before training every reward ties, so reward accuracy says nothing there.
         lines = run.evaluations if is_truth else run.evaluations[1:]
         points = [line for line in lines if "eval/kl" in line]
         if not points:
@@ -157,7 +150,7 @@ def frontier(runs: Sequence[RunLogs]) -> list[Chart]:
                 y=[line[key] for line in points],
                 at=[f"{run.name}, step {line['step']}" for line in points],
                 text=[
-                    f"{number(line[key], percent=True)} {y_name}, KL {number(line['eval/kl'])}"
+                    f"{line[key]:.1%} {y_name}, KL {shown_number(line['eval/kl'])}"
                     for line in points
                 ],
             )

@@ -1,4 +1,4 @@
-"""Which charts a run's report has: the article's curves, and what the held-out pairs look like."""
+"""The charts of a run's report: the article's curves, and what the held-out pairs look like."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,95 +7,54 @@ from itertools import pairwise
 import numpy as np
 
 from dpo.evaluate.statistics import spread
-from dpo.report.charts import Chart, Series, curve, number
-from dpo.report.logs import Line, RunLogs
+from dpo.metrics import by_chart, metric
+from dpo.report.charts import Chart, Series, curve, shown_number
+from dpo.report.logs import RunLogs
+from dpo.run_folder import Line
 
 MAX_SCATTERED = 400  # pairs in the chart of reward against length, evenly over all of them
 _LN_2 = math.log(2)
 
-# Title, metrics without their prefix, whether a share, and how to read it. A metric of training is
-# drawn as a thin line, the same one on held-out pairs with markers.
-_CURVES: tuple[tuple[str, tuple[str, ...], bool, str], ...] = (
-    ("Loss", ("loss",), False, "Mean over pairs. It starts where policy and reference agree."),
-    (
-        "Rewards",
-        ("rewards/chosen", "rewards/rejected"),
-        False,
-        "Beta times the log-ratio: log-prob under the policy minus that under the reference. The "
-        "two should drift apart.",
-    ),
-    ("Reward margin", ("rewards/margins",), False, "Reward of chosen minus reward of rejected."),
-    (
-        "Reward accuracy",
-        ("rewards/accuracies",),
-        True,
-        "Share of pairs whose chosen answer has the higher reward. 50% is chance; where policy and "
-        "reference agree all rewards tie, which counts as 0%.",
-    ),
-    ("Learning rate", ("learning_rate",), False, "Of the step's update."),
-    ("Gradient norm", ("grad_norm",), False, "Before clipping."),
-    (
-        "Log-probs of the answers",
-        ("logps/chosen", "logps/rejected"),
-        False,
-        "Nats, summed over an answer's tokens. Both often fall; DPO only asks that the gap grows.",
-    ),
-    (
-        "KL to the reference",
-        ("kl",),
-        False,
-        "Nats per answer, over answers sampled from the policy: how far it has moved.",
-    ),
-    ("Answers that are right", ("exact_match",), True, "Greedy answers equal to the right one."),
-    (
-        "Ranking accuracy",
-        ("ranking_accuracy",),
-        True,
-        "Share of pairs whose chosen answer is the more probable one, without the reference.",
-    ),
-    ("Length of answers", ("lengths/generated",), False, "Tokens of the greedy answers, mean."),
-)
-_SPEED: tuple[tuple[str, tuple[str, ...], bool, str], ...] = (
-    ("Tokens per second", ("tokens_per_second",), False, "Through the policy, over all devices."),
-    ("Pairs per second", ("pairs_per_second",), False, "Over all devices."),
-    (
-        "Memory",
-        ("memory_gib",),
-        False,
-        "GiB, the peak so far: allocated on a GPU, or resident on a CPU.",
-    ),
-)
+# The metrics that have a chart. A metric of training is drawn as a thin line, the same metric on
+# held-out pairs as a line with markers.
+_CURVES = (
+    "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies learning_rate "
+    "grad_norm logps/chosen logps/rejected kl exact_match ranking_accuracy lengths/generated"
+).split()
+_SPEED = "tokens_per_second pairs_per_second memory_gib".split()
 
 
-def training_curves(run: RunLogs) -> list[Chart]:
+def training_curves(logs: RunLogs) -> list[Chart]:
     """The curves of the article, and those that tell whether to believe them."""
-    return _curves(run, _CURVES)
+    return _curves(logs, _CURVES)
 
 
-def speed_curves(run: RunLogs) -> list[Chart]:
+def speed_curves(logs: RunLogs) -> list[Chart]:
     """Throughput and memory."""
-    return _curves(run, _SPEED)
+    return _curves(logs, _SPEED)
 
 
-def _curves(run: RunLogs, wanted: Sequence[tuple[str, tuple[str, ...], bool, str]]) -> list[Chart]:
+def _curves(logs: RunLogs, chosen: Sequence[str]) -> list[Chart]:
     charts = []
-    for title, keys, percent, note in wanted:
-        series = list(_train_and_held_out(run, keys, percent))
+    for title, names in by_chart(chosen).items():
+        percent = metric(names[0]).is_share
+        series = list(_train_and_held_out(logs, names, percent))
         if series:
-            level = (_LN_2, "ln 2") if keys == ("loss",) and _starts_at_ln_2(series) else None
+            note = " ".join(metric(name).meaning for name in names)
+            level = (_LN_2, "ln 2") if names == ["loss"] and _starts_at_ln_2(series) else None
             charts.append(
                 Chart(title=title, series=series, note=note, percent=percent, level=level)
             )
     return charts
 
 
-def _train_and_held_out(run: RunLogs, keys: tuple[str, ...], percent: bool) -> Iterator[Series]:
+def _train_and_held_out(logs: RunLogs, names: Sequence[str], percent: bool) -> Iterator[Series]:
     for prefix, where in (("train", "training"), ("eval", "held out")):
-        for key in keys:
-            steps, values = run.values(f"{prefix}/{key}")
+        for metric_name in names:
+            steps, values = logs.values(f"{prefix}/{metric_name}")
             if not steps:
                 continue
-            side = key.rpartition("/")[2]
+            side = metric_name.rpartition("/")[2]
             is_side = side in ("chosen", "rejected")
             colour = side if is_side else "train" if prefix == "train" else "held-out"
             yield curve(
@@ -110,22 +69,22 @@ def _train_and_held_out(run: RunLogs, keys: tuple[str, ...], percent: bool) -> I
 
 
 def _starts_at_ln_2(series: Sequence[Series]) -> bool:
-    """Not so for a loss of another scale, or without a reference."""
+    """Whether the loss starts at ln 2: not on another scale, and not without a reference."""
     return abs(float(series[-1].y[0]) - _LN_2) < 0.02
 
 
-def held_out_charts(run: RunLogs) -> list[Chart]:
+def held_out_charts(logs: RunLogs) -> list[Chart]:
     """Margins, log-prob gaps before and after, and reward against length, pair by pair."""
-    if not run.held_out or run.beta is None or not run.held_out[-1]["row"]:
+    if not logs.held_out or logs.beta is None or not logs.held_out[-1]["row"]:
         return []
-    before, after = run.held_out
+    before, after = logs.held_out
     lines = [after] if before["step"] == after["step"] else [after, before]
-    rewards = [pair_rewards(line, run.beta) for line in lines]
+    rewards = [pair_rewards(line, logs.beta) for line in lines]
     margins = [sides["chosen"] - sides["rejected"] for sides in rewards]
     gaps = [
         np.subtract(line["policy_chosen_logps"], line["policy_rejected_logps"]) for line in lines
     ]
-    # All in one bar, as they are wherever there is a reference: a line says it better.
+    # With a reference all of them would be in one bar: a line says it better.
     started_at_0 = len(margins) == 2 and not margins[1].any()
     before_said = (
         "Before training the margin of every pair was 0, by definition: the policy was the "
@@ -161,7 +120,7 @@ def pair_rewards(line: Line, beta: float) -> dict[str, np.ndarray]:
 
 
 def _histograms(groups: Sequence[np.ndarray]) -> list[Series]:
-    """Counts of the values after, and before where there are any, in bins that they share."""
+    """Counts of the values after training, and before if given, in the same bins."""
     everything = np.concatenate(groups)
     everything = everything[np.isfinite(everything)]
     edges = np.histogram_bin_edges(everything, bins=min(30, 5 + len(everything) // 5))
@@ -203,7 +162,7 @@ def _reward_against_length(line: Line, rewards: dict[str, np.ndarray]) -> Chart:
                     f"row {line['row'][i]}, {n:g} tokens"
                     for i, n in zip(shown, lengths, strict=True)
                 ],
-                text=[number(value) for value in values],
+                text=[shown_number(value) for value in values],
             )
         )
     thinned = "" if len(shown) == total else f" {len(shown)} of {total} pairs, evenly over them."

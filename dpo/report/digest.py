@@ -9,80 +9,62 @@ import numpy as np
 
 from dpo.config import Config
 from dpo.evaluate.diagnostics import Finding, diagnose
-from dpo.report.charts import number
+from dpo.metrics import Metric, metric
+from dpo.report.charts import shown_number
 from dpo.report.length_bias import length_bias
-from dpo.report.logs import Line, RunLogs
+from dpo.report.logs import RunLogs
+from dpo.run_folder import Line
 
 SAMPLES_SHOWN = 3  # of each kind
 
-# Held-out figures before and after: metric, name, what it is, format.
-_FIGURES = (
-    ("eval/exact_match", "Right answers", "share of greedy answers that are right", ".1%"),
-    (
-        "eval/rewards/accuracies",
-        "Reward accuracy",
-        "share of pairs whose chosen answer has the higher reward; where policy and reference "
-        "agree all rewards tie, which counts as 0%",
-        ".1%",
-    ),
-    (
-        "eval/ranking_accuracy",
-        "Ranking accuracy",
-        "share of pairs whose chosen answer is the more probable one, without the reference",
-        ".1%",
-    ),
-    ("eval/rewards/margins", "Reward margin", "reward of chosen minus reward of rejected", ".3f"),
-    ("eval/loss", "Loss", "mean over pairs", ".4f"),
-    ("eval/kl", "KL to the reference", "nats per answer that the policy writes", ".2f"),
-    ("eval/lengths/generated", "Answer length", "tokens of the greedy answers, mean", ".1f"),
-    ("eval/logps/chosen", "Log-prob of chosen", "nats for the whole answer, mean", ".2f"),
-    ("eval/logps/rejected", "Log-prob of rejected", "nats for the whole answer, mean", ".2f"),
-)
+# The rows of the table of before and after.
+_BEFORE_AND_AFTER = (
+    "eval/exact_match eval/rewards/accuracies eval/ranking_accuracy eval/rewards/margins eval/loss "
+    "eval/kl eval/lengths/generated eval/logps/chosen eval/logps/rejected"
+).split()
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One row of the table before and after, as text."""
+class BeforeAndAfter:
+    """One held-out metric before and after training, as text."""
 
-    name: str
-    what: str
+    metric: Metric
     before: str
     after: str
     change: str
 
 
-def figures(run: RunLogs) -> list[Figure]:
-    """Those held-out figures that the run has, before and after training."""
-    if len(run.evaluations) < 2:
+def before_and_after(logs: RunLogs) -> list[BeforeAndAfter]:
+    """The held-out metrics that the run has, before and after training."""
+    if len(logs.evaluations) < 2:
         return []
-    before, after = run.evaluations[0], run.evaluations[-1]
+    before, after = logs.evaluations[0], logs.evaluations[-1]
     return [
-        Figure(
-            name,
-            what,
-            format(before[key], shape),
-            format(after[key], shape),
-            _change(after[key] - before[key], shape),
+        BeforeAndAfter(
+            entry,
+            format(before[name], entry.format),
+            format(after[name], entry.format),
+            _change(after[name] - before[name], entry),
         )
-        for key, name, what, shape in _FIGURES
-        if key in before and key in after
+        for name, entry in ((name, metric(name)) for name in _BEFORE_AND_AFTER)
+        if name in before and name in after
     ]
 
 
-def _change(difference: int | float, shape: str) -> str:
-    if shape.endswith("%"):
+def _change(difference: int | float, entry: Metric) -> str:
+    if entry.is_share:
         return f"{100 * difference:+.1f} points"
-    return format(difference, f"+{shape}")
+    return format(difference, f"+{entry.format}")
 
 
-def opening(run: RunLogs) -> list[str]:
+def about(logs: RunLogs) -> list[str]:
     """Model, rows, loss and length of the run, as far as they are known."""
-    model, data, loss = (run.config.get(section, {}) for section in ("model", "data", "loss"))
+    model, data, loss = (logs.config.get(section, {}) for section in ("model", "data", "loss"))
     parts = [model.get("name_or_path", ""), shown(data.get("name_or_path", ""))]
-    if run.beta is not None:
-        parts.append(f"{loss['type']} loss, beta {run.beta:g}")
-    if run.metrics:
-        last = max(line["step"] for line in run.metrics)
+    if logs.beta is not None:
+        parts.append(f"{loss['type']} loss, beta {logs.beta:g}")
+    if logs.metrics:
+        last = max(line["step"] for line in logs.metrics)
         parts.append(f"{last} step{'s' * (last != 1)}")
     return [part for part in parts if part]
 
@@ -98,30 +80,31 @@ def shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
-def verdict(run: RunLogs) -> str:
-    """What came of it in a sentence: by the truth where it is known, else by held-out pairs."""
-    if len(run.evaluations) >= 2:
-        return _held_out_verdict(run, run.evaluations[0], run.evaluations[-1])
-    _, losses = run.values("train/loss")
+def verdict(logs: RunLogs) -> str:
+    """The result in a sentence: judged by right answers if known, else by held-out pairs."""
+    if len(logs.evaluations) >= 2:
+        return _held_out_verdict(logs, logs.evaluations[0], logs.evaluations[-1])
+    _, losses = logs.values("train/loss")
     if not losses:
         return "Nothing has been logged yet."
+    first, last = shown_number(losses[0]), shown_number(losses[-1])
     return (
         "No held-out pair was looked at before and after, so this can only say how the training "
-        f"pairs were fitted: loss {number(losses[0])} at first, {number(losses[-1])} at last."
+        f"pairs were fitted: loss {first} at first, {last} at last."
     )
 
 
-def _held_out_verdict(run: RunLogs, before: Line, after: Line) -> str:
-    """A difference between shares counts when it is larger than two standard errors."""
-    accuracy, pairs = after["eval/rewards/accuracies"], run.data_report.get("pairs_held_out", 0)
+def _held_out_verdict(logs: RunLogs, before: Line, after: Line) -> str:
+    """The verdict of a run with evaluations; shares differ if by more than two standard errors."""
+    accuracy, pairs = after["eval/rewards/accuracies"], logs.data_report.get("pairs_held_out", 0)
     ranks = f"the rewards rank {accuracy:.1%} of {pairs or 'the'} held-out pairs as labelled"
     away = ""
     if "eval/kl" in after:
         away = f"; the policy is {after['eval/kl']:.2f} nats of KL per answer from its reference"
     if "eval/exact_match" in before and "eval/exact_match" in after:
-        asked = sum(line["step"] == after["step"] for line in run.samples) or 1
-        return _verdict_by_truth(run.evaluations, asked) + f" {ranks.capitalize()}{away}."
-    if not _has_reference(run):
+        asked = sum(line["step"] == after["step"] for line in logs.samples) or 1
+        return _verdict_by_truth(logs.evaluations, asked) + f" {ranks.capitalize()}{away}."
+    if not _has_reference(logs):
         ranked, was = after["eval/ranking_accuracy"], before["eval/ranking_accuracy"]
         return (
             f"Trained without a reference: the policy ranks {ranked:.1%} of {pairs or 'the'} "
@@ -134,7 +117,7 @@ def _held_out_verdict(run: RunLogs, before: Line, after: Line) -> str:
 
 
 def _verdict_by_truth(evaluations: list[Line], asked: int) -> str:
-    """By the share of right answers to `asked` prompts; a better one on the way is said too."""
+    """Judges by the share of right answers to `asked` prompts; names an earlier, better step."""
     key = "eval/exact_match"
     old, new = evaluations[0][key], evaluations[-1][key]
     best = max(evaluations, key=lambda line: line[key])
@@ -152,32 +135,33 @@ def _differ(one: float, other: float, count: int) -> bool:
     return abs(one - other) > 2 * math.sqrt((one * (1 - one) + other * (1 - other)) / count)
 
 
-def findings(run: RunLogs) -> list[Finding]:
-    """What the metrics give away, and what the lengths of the answers do."""
-    beta = run.beta if _has_reference(run) else None
-    return [*diagnose(run.metrics, beta), *length_bias(run)]
+def findings(logs: RunLogs) -> list[Finding]:
+    """The warnings that follow from the metrics, and from the lengths of the answers."""
+    beta = logs.beta if _has_reference(logs) else None
+    return [*diagnose(logs.metrics, beta), *length_bias(logs)]
 
 
-def _has_reference(run: RunLogs) -> bool:
-    return run.config.get("reference", {}).get("mode") != "zero"
+def _has_reference(logs: RunLogs) -> bool:
+    return logs.config.get("reference", {}).get("mode") != "zero"
 
 
-def token_pairs(run: RunLogs) -> tuple[list[Line], float]:
+def token_pairs(logs: RunLogs) -> tuple[list[Line], float]:
     """Pairs with their answers as (text, reward, strength from -1 to 1), and the scale's end.
 
-    The scale ends at the 98th percentile of the absolute rewards: one outlier would wash out all
-    others. A piece without text, such as half a character, is added to the next: rewards add up.
+    The scale ends at the 98th percentile of the absolute rewards, since one outlier would make all
+    others look like 0. A piece without text, such as half a character, is added to the next one, so
+    the rewards still add up.
     """
     rewards = [
         abs(reward)
-        for pair in run.token_rewards
+        for pair in logs.token_rewards
         for side in ("chosen", "rejected")
         for reward in pair[side]["rewards"]
         if reward is not None
     ]
     end = float(np.quantile(rewards, 0.98)) if rewards else 0.0
     pairs = []
-    for pair in run.token_rewards:
+    for pair in logs.token_rewards:
         answers = {side: _answer(pair[side], end) for side in ("chosen", "rejected")}
         pairs.append({**pair, **answers})
     return pairs, end
@@ -198,19 +182,19 @@ def _answer(answer: Line, end: float) -> dict[str, Any]:
     return {"pieces": pieces, "sum": sum(r for r in answer["rewards"] if r is not None)}
 
 
-def samples_by_kind(run: RunLogs) -> list[dict[str, Any]]:
+def samples_by_kind(logs: RunLogs) -> list[dict[str, Any]]:
     """Prompts with the answers of the first and the last evaluation, some of each kind.
 
     Where one answer is right, the kinds are broken, still wrong, fixed and right both times; else
     there is one kind. Each: `{"name", "count", "rows": [(before, after), ...]}`.
     """
-    if not run.samples:
+    if not logs.samples:
         return []
-    first, last = run.samples[0]["step"], run.samples[-1]["step"]
-    before = {line["index"]: line for line in run.samples if line["step"] == first}
-    after = [line for line in run.samples if line["step"] == last and line["index"] in before]
+    first, last = logs.samples[0]["step"], logs.samples[-1]["step"]
+    before = {line["index"]: line for line in logs.samples if line["step"] == first}
+    after = [line for line in logs.samples if line["step"] == last and line["index"] in before]
     rows = [(before[line["index"]], line) for line in after]
-    if not run.has_one_right_answer:
+    if not logs.has_one_right_answer:
         return [{"name": "", "count": len(rows), "rows": rows[: 3 * SAMPLES_SHOWN]}]
     kinds = (
         ("Right before, wrong now", True, False),
@@ -229,15 +213,26 @@ def samples_by_kind(run: RunLogs) -> list[dict[str, Any]]:
     ]
 
 
-def changed_keys(run: RunLogs) -> list[tuple[str, str, str]]:
-    """(key, value, default) of every configured value that is not the default."""
+def changed_keys(logs: RunLogs) -> list[tuple[str, str, str]]:
+    """(key, value, default) of every key that does not have its default."""
     defaults = asdict(Config())
     return [
         (f"{section}.{key}", shown(value), shown(defaults.get(section, {}).get(key)))
-        for section, keys in run.config.items()
+        for section, keys in logs.config.items()
         for key, value in keys.items()
         if value != defaults.get(section, {}).get(key)
     ]
+
+
+def measured_weights(logs: RunLogs) -> str:
+    """Which weights scripts/evaluate.py measured, and whether they are the same for every part."""
+    folders = {part: f"{results['weights']}/" for part, results in logs.measured.items()}
+    sums = [results["sha256"] for results in logs.measured.values()]
+    if any(other != sums[0] for other in sums):
+        each = ", ".join(f"{part} with those in {folder}" for part, folder in folders.items())
+        return f"scripts/evaluate.py measured the parts with different weights: {each}."
+    same = " and ".join(dict.fromkeys(folders.values()))
+    return f"What scripts/evaluate.py measured, with the weights in {same}."
 
 
 def audits(report: Line) -> list[tuple[str, Line, list[tuple[str, str, int, Sequence[Any]]]]]:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from dpo.report.charts import RUN_COLOURS, Chart, Series
 
 WIDTH, HEIGHT = 420, 250  # px; the page scales it
-LINEAR_BELOW = 0.1  # on a symlog axis; nats: a KL from 200 answers is hardly surer than that
+LINEAR_BELOW = 0.1  # nats, on a symlog axis: a KL over 200 answers is hardly more precise
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 38  # px around the axes, the same for every chart
 
 _COLOURS = ("ink", "muted", "rule", "train", "held-out", "chosen", "rejected", *RUN_COLOURS)
@@ -35,7 +35,7 @@ class Drawing:
 
 
 def draw(chart: Chart, key: str) -> Drawing:
-    """Draws a chart; `key` is its name on the page, and makes the ids inside unique and stable."""
+    """Draws a chart; `key` is its name on the page, which keeps ids unique and reproducible."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -137,7 +137,7 @@ def _draw_scales(axes: Any, chart: Chart) -> None:
 
 
 def _for_a_page(svg: str) -> Markup:
-    """The `<svg>` element alone: colours by variable, fonts the page's, no id that nothing uses."""
+    """The `<svg>` element alone, with CSS variables for colours, and the page's fonts."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
@@ -182,7 +182,7 @@ def _points(axes: Any, chart: Chart) -> dict[str, Any]:
 
 
 def _stops_by_x(series: Sequence[Series]) -> list[tuple[int, int, list[tuple[int, int]]]]:
-    """For every x of any series: the point that names it, and the nearest point of each series."""
+    """For every x of any series, the point that names it and the nearest point of each series."""
     named = {
         x: (i, j) for i, each in reversed(list(enumerate(series))) for j, x in enumerate(each.x)
     }

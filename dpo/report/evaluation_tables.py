@@ -1,29 +1,25 @@
-"""The figures of an evaluation as tables of text: for the terminal, and for the report."""
+"""The results of scripts/evaluate.py as tables of text, for the terminal and the report."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dpo.evaluate.statistics import QUANTILES
-from dpo.table import Row, Table
+from dpo.table import Cells, Table
 
 
-def evaluation_tables(evaluation: dict[str, Any]) -> Iterator[Table]:
-    """Every table of an evaluation.json, for the parts that it has."""
-    for part, tables in (
-        ("held_out", held_out_tables),
-        ("win_rate", win_rate_tables),
-        ("lm_eval", harness_tables),
-    ):
-        if part in evaluation:
-            yield from tables(evaluation[part])
+def evaluation_tables(measured: dict[str, dict[str, Any]]) -> Iterator[Table]:
+    """The tables of each part that scripts/evaluate.py measured."""
+    tables = {"held_out": held_out_tables, "win_rate": win_rate_tables, "lm_eval": harness_tables}
+    for part, results in measured.items():
+        yield from tables[part](results)
 
 
 def held_out_tables(held_out: dict[str, Any]) -> Iterator[Table]:
-    """All pairs, one figure a row; then the groups, one a row."""
+    """A table of all pairs, with a statistic in each row; then one with a group in each row."""
     f = held_out["all"]
     against = "the reference" if held_out["has_reference"] else "the model before training"
     quantiles = "  ".join(f"{f['reward_margin_quantiles'][f'{q}%']:.3f}" for q in QUANTILES)
-    rows: list[Row] = [
+    rows: list[Cells] = [
         (f"{f['pairs']} pairs", "before", "after", "95 % interval, or error"),
         ("reward accuracy", "", _share(f["reward_accuracy"]), _interval(f["reward_accuracy_95"])),
         ("  at equal lengths", "", _share(f["reward_accuracy_length_controlled"]), ""),
@@ -63,7 +59,7 @@ def held_out_tables(held_out: dict[str, Any]) -> Iterator[Table]:
     yield Table(list(_group_rows(held_out)))
 
 
-def _group_rows(held_out: dict[str, Any]) -> Iterator[Row]:
+def _group_rows(held_out: dict[str, Any]) -> Iterator[Cells]:
     head = "accuracy|equal length|margin|ranking: before|after|chosen|rejected|fell|KL".split("|")
     yield ("by group", "pairs", *head)
     for kind in ("by_source", "by_length", "by_longer"):
@@ -79,9 +75,9 @@ def _group_rows(held_out: dict[str, Any]) -> Iterator[Row]:
 
 
 def win_rate_tables(f: dict[str, Any]) -> Iterator[Table]:
-    """Win rate, lengths, and where the answers can be read."""
+    """The win rate, the lengths, and where the answers can be read."""
     counts = f"{f['wins']} won, {f['ties']} tied, {f['losses']} lost"
-    rows: list[Row] = [
+    rows: list[Cells] = [
         (f"{f['prompts']} prompts, judge {f['judge']}", "base", "policy", "95 % interval"),
         ("win rate, ties half", "", _share(f["win_rate"]), _interval(f["win_rate_95"])),
         ("  at equal lengths", "", _share(f["win_rate_length_controlled"]), ""),
@@ -101,7 +97,9 @@ def harness_tables(harness: dict[str, Any]) -> Iterator[Table]:
     """lm-eval's own tables, then base and policy side by side."""
     for side in ("base", "policy"):
         yield Table(lead=f"lm-eval, {side}:", text=harness["tables"][side].rstrip())
-    rows: list[Row] = [("task", "metric", "base", "policy", "difference", "its error", "documents")]
+    rows: list[Cells] = [
+        ("task", "metric", "base", "policy", "difference", "its error", "documents")
+    ]
     for row in harness["rows"]:
         error = _number(row["difference_se"], 4) + ("" if row["is_paired"] else " (unpaired)")
         scores = (f"{row[side]:.4f}" for side in ("base", "policy"))

@@ -1,4 +1,4 @@
-"""Whether the rewards go by the length of an answer: seen in the held-out pairs, one by one."""
+"""Whether the rewards follow the length of an answer, judged by the held-out pairs."""
 
 import numpy as np
 
@@ -6,16 +6,16 @@ from dpo.evaluate.diagnostics import Finding
 from dpo.report.curves import pair_rewards
 from dpo.report.logs import RunLogs
 
-_ENOUGH = 20  # pairs, before something is said about the length of answers
-_CORRELATION = 0.3  # of margin and length difference, from where on it is a finding
-_ACCURACY_GAP = 0.2  # between pairs whose chosen answer is longer, and shorter
+_ENOUGH = 20  # pairs; with fewer, nothing is said about length
+_CORRELATION = 0.3  # of margin and length difference; more is a finding
+_ACCURACY_GAP = 0.2  # between pairs whose chosen answer is longer and shorter; more is one
 
 
-def length_rows(run: RunLogs) -> list[tuple[str, str, int, float]]:
+def length_rows(logs: RunLogs) -> list[tuple[str, str, int, float]]:
     """(group, key, pairs, reward accuracy) by which answer of the pair has more tokens."""
-    if not run.held_out or run.beta is None or not run.held_out[-1]["row"]:
+    if not logs.held_out or logs.beta is None or not logs.held_out[-1]["row"]:
         return []
-    margins, longer = _margins_and_longer(run, run.beta)
+    margins, longer = _margins_and_longer(logs, logs.beta)
     groups = (("longer", longer > 0), ("shorter", longer < 0), ("as long", longer == 0))
     return [
         (f"chosen is {name}", name, int(chosen.sum()), float((margins[chosen] > 0).mean()))
@@ -24,13 +24,13 @@ def length_rows(run: RunLogs) -> list[tuple[str, str, int, float]]:
     ]
 
 
-def length_bias(run: RunLogs) -> list[Finding]:
-    """Whether the rewards go by length: by correlation, and by accuracy on either side."""
-    groups = {key: (pairs, accuracy) for _, key, pairs, accuracy in length_rows(run)}
+def length_bias(logs: RunLogs) -> list[Finding]:
+    """A finding if the rewards follow length, by correlation or by a gap in accuracy."""
+    groups = {key: (pairs, accuracy) for _, key, pairs, accuracy in length_rows(logs)}
     differing = sum(pairs for key, (pairs, _) in groups.items() if key != "as long")
-    if differing < _ENOUGH or run.beta is None:
+    if differing < _ENOUGH or logs.beta is None:
         return []
-    margins, longer = _margins_and_longer(run, run.beta)
+    margins, longer = _margins_and_longer(logs, logs.beta)
     seen = []
     if longer.std() > 0 and margins.std() > 0:
         correlation = float(np.corrcoef(margins, longer)[0, 1])
@@ -52,7 +52,7 @@ def length_bias(run: RunLogs) -> list[Finding]:
     return [
         Finding(
             "length_bias",
-            int(run.held_out[-1]["step"]),
+            int(logs.held_out[-1]["step"]),
             " ".join(seen),
             "Part of what was learned is the length of the answer, not what it says.",
             "Balance the lengths in the data, or take a loss that divides by length (ipo uses "
@@ -61,9 +61,9 @@ def length_bias(run: RunLogs) -> list[Finding]:
     ]
 
 
-def _margins_and_longer(run: RunLogs, beta: float) -> tuple[np.ndarray, np.ndarray]:
+def _margins_and_longer(logs: RunLogs, beta: float) -> tuple[np.ndarray, np.ndarray]:
     """Reward margins, and by how many tokens the chosen answer is longer, (pairs,) each."""
-    line = run.held_out[-1]
+    line = logs.held_out[-1]
     rewards = pair_rewards(line, beta)
     longer = np.subtract(line["chosen_lengths"], line["rejected_lengths"])
     return rewards["chosen"] - rewards["rejected"], longer

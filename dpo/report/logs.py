@@ -1,31 +1,30 @@
-"""What a run wrote into its folder, read back; whichever of the files are there."""
+"""What a run wrote into its folder, read back. Any of the files may be missing."""
 
-import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dpo import run_folder
 from dpo.errors import UserError
-
-Line = dict[str, Any]
+from dpo.run_folder import Line, read_lines, read_text, read_whole
 
 
 @dataclass(frozen=True)
 class RunLogs:
-    """The files of a run folder; a file that is not there is empty here.
+    """The contents of a run folder; a missing file is empty here.
 
     Attributes:
-        name: the folder's.
+        name: of the folder.
         config: config.yaml, by section.
         metrics: lines of metrics.jsonl.
-        evaluations: those of them that are evaluations; the first is the one before training.
+        evaluations: the lines of metrics.jsonl that are evaluations, from before training on.
         samples: lines of samples.jsonl.
         held_out: the first and the last line of held_out.jsonl.
-        token_rewards, data_report, evaluation: those JSON files.
+        token_rewards, data_report: those JSON files.
+        measured: what scripts/evaluate.py measured, by part.
         header: header.txt.
     """
 
@@ -37,12 +36,12 @@ class RunLogs:
     held_out: list[Line]
     token_rewards: list[Line]
     data_report: Line
-    evaluation: Line
+    measured: dict[str, Line]
     header: str
 
     @property
     def beta(self) -> float | None:
-        """What scales the rewards, if the configuration is there."""
+        """The scale of the rewards, if the configuration is there."""
         return self.config.get("loss", {}).get("beta")
 
     @property
@@ -63,42 +62,28 @@ def read_logs(folder: Path) -> RunLogs:
     Raises:
         UserError: it holds neither metrics nor a configuration, or a file in it is broken.
     """
-    if not any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml")):
+    if not any((folder / name).exists() for name in (run_folder.METRICS, run_folder.CONFIG)):
         raise UserError(
             f"{folder}: got no metrics.jsonl and no config.yaml there, wanted a run folder. "
             "Name the train.output_dir of a run."
         )
-    metrics = read_lines(folder / "metrics.jsonl")
+    metrics = read_lines(folder / run_folder.METRICS)
     return RunLogs(
         name=folder.resolve().name,
-        config=_whole(folder / "config.yaml", {}, _sections),
+        config=read_whole(folder / run_folder.CONFIG, {}, _sections),
         metrics=metrics,
         evaluations=[line for line in metrics if "eval/loss" in line],
-        samples=read_lines(folder / "samples.jsonl"),
-        held_out=read_lines(folder / "held_out.jsonl", ends=True),
-        token_rewards=_whole(folder / "token_rewards.json", []),
-        data_report=_whole(folder / "data_report.json", {}),
-        evaluation=_whole(folder / "evaluation.json", {}),
-        header=_text(folder / "header.txt"),
+        samples=read_lines(folder / run_folder.SAMPLES),
+        held_out=read_lines(folder / run_folder.HELD_OUT, ends=True),
+        token_rewards=read_whole(folder / run_folder.TOKEN_REWARDS, []),
+        data_report=read_whole(folder / run_folder.DATA_REPORT, {}),
+        measured={
+            part: read_whole(folder / name, {})
+            for part, name in run_folder.MEASURED.items()
+            if (folder / name).exists()
+        },
+        header=read_text(folder / run_folder.HEADER),
     )
-
-
-def read_lines(file: Path, *, ends: bool = False) -> list[Line]:
-    """All, or the first and the last, without one at the end that was cut off in the writing."""
-    lines = list(enumerate(_text(file).split("\n")[:-1], start=1))  # text has other line ends too
-    lines = [*lines[:1], *lines[-1:]] if ends else lines
-    return [_parse(line, f"{file}, line {number}", {}) for number, line in lines]
-
-
-def _whole(file: Path, missing: Any, read: Callable[[str], Any] = json.loads) -> Any:
-    return _parse(_text(file), str(file), missing, read) if file.exists() else missing
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text("utf-8") if file.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}. Restore it, or move it away.") from None
 
 
 def _sections(text: str) -> dict[str, dict[str, Any]]:
@@ -106,15 +91,3 @@ def _sections(text: str) -> dict[str, dict[str, Any]]:
     if isinstance(config, dict) and all(isinstance(keys, dict) for keys in config.values()):
         return config
     raise ValueError("wanted sections, with keys indented below them")
-
-
-def _parse(text: str, where: str, like: Any, read: Callable[[str], Any] = json.loads) -> Any:
-    """What `text` holds; it must be of the type of `like`."""
-    try:
-        value = read(text)
-        if isinstance(value, type(like)):
-            return value
-        problem = f"got a {type(value).__name__}, wanted a {type(like).__name__}"
-    except (ValueError, yaml.YAMLError) as error:
-        problem = " ".join(str(error).split())
-    raise UserError(f"{where} is broken: {problem}. Restore it, or move the file away.")

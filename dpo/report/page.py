@@ -1,11 +1,11 @@
-"""What a run came to, as one HTML file that needs nothing but itself.
+"""The report of a run, or of several, as one HTML file that needs no other file.
 
-`write_report` reads only the files of the run folder, whichever are there, and loads no model.
-`write_comparison` puts several runs beside each other. Both are made for a phone, dark mode, a
-keyboard, a screen reader and paper. Nothing is fetched, and the page's own policy forbids it; all
-text is escaped, since rows and models can say anything.
+`write_report` reads only the files of the run folder, any of which may be missing, and loads no
+model. `write_comparison` puts several runs beside each other. Both pages work on a phone, in dark
+mode, by keyboard, with a screen reader and on paper. They fetch nothing, and their own policy
+forbids it; all text is escaped, since rows and models can say anything.
 
-Left out on purpose: a charting library in the page. matplotlib draws; the script only reads out.
+Left out on purpose: a charting library in the page. matplotlib draws; the script only shows values.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
+from dpo import run_folder
 from dpo.errors import UserError
 from dpo.report import comparison, curves, digest
-from dpo.report.charts import Chart, number
+from dpo.report.charts import Chart, shown_number
 from dpo.report.drawing import Drawing, draw
 from dpo.report.evaluation_tables import evaluation_tables
 from dpo.report.length_bias import length_rows
@@ -26,48 +27,49 @@ TEXT_SHOWN = 600  # characters of a prompt or an answer; the rest is folded
 _BESIDE = Path(__file__).parent
 
 
-def write_report(run_folder: Path, output: Path | None = None) -> Path:
+def write_report(folder: Path, output: Path | None = None) -> Path:
     """Writes the report of a run, by default as `report.html` into its folder; returns its path.
 
     Raises:
         UserError: the folder holds no run, a file in it is broken, or the page cannot be written.
     """
-    run = read_logs(run_folder)
+    logs = read_logs(folder)
     charts = {
-        "curves": curves.training_curves(run),
-        "pairs": curves.held_out_charts(run),
-        "speed": curves.speed_curves(run),
+        "curves": curves.training_curves(logs),
+        "pairs": curves.held_out_charts(logs),
+        "speed": curves.speed_curves(logs),
     }
-    token_pairs, scale_end = digest.token_pairs(run)
+    token_pairs, scale_end = digest.token_pairs(logs)
     page = _render(
         "report.html.j2",
         charts,
-        run=run,
-        opening=digest.opening(run),
-        verdict=digest.verdict(run),
-        figures=digest.figures(run),
-        findings=digest.findings(run),
+        logs=logs,
+        about=digest.about(logs),
+        verdict=digest.verdict(logs),
+        before_and_after=digest.before_and_after(logs),
+        findings=digest.findings(logs),
         token_pairs=token_pairs,
         scale_end=scale_end,
-        sample_kinds=digest.samples_by_kind(run),
-        length_rows=length_rows(run),
-        evaluation=list(evaluation_tables(run.evaluation)),
-        audits=digest.audits(run.data_report),
-        changed=digest.changed_keys(run),
-        config_text=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
+        sample_kinds=digest.samples_by_kind(logs),
+        length_rows=length_rows(logs),
+        measured_weights=digest.measured_weights(logs),
+        measured=list(evaluation_tables(logs.measured)),
+        audits=digest.audits(logs.data_report),
+        changed=digest.changed_keys(logs),
+        config_text=yaml.safe_dump(logs.config, sort_keys=False, allow_unicode=True),
     )
-    return _write(output or run_folder / "report.html", page)
+    return _write(output or folder / run_folder.REPORT, page)
 
 
-def write_comparison(run_folders: Sequence[Path], output: Path) -> Path:
+def write_comparison(folders: Sequence[Path], output: Path) -> Path:
     """Writes one page that puts several runs beside each other; returns its path.
 
     Raises:
         UserError: as `write_report`, or there are fewer than two runs.
     """
-    if len(run_folders) < 2:
-        raise UserError(f"got {len(run_folders)} run to compare, wanted two or more. Name them.")
-    runs = comparison.name_apart([read_logs(folder) for folder in run_folders], run_folders)
+    if len(folders) < 2:
+        raise UserError(f"got {len(folders)} run to compare, wanted two or more. Name them.")
+    runs = comparison.name_apart([read_logs(folder) for folder in folders], folders)
     charts = {
         "frontier": comparison.frontier(runs),
         "curves": comparison.overlaid_curves(runs),
@@ -93,7 +95,7 @@ def _render(template: str, charts: dict[str, list[Chart]], **context: Any) -> st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters["number"] = number
+    pages.filters["shown_number"] = shown_number
     pages.globals["TEXT_SHOWN"] = TEXT_SHOWN
     drawn: dict[str, list[Drawing]] = {
         place: [draw(chart, f"{place}-{i}") for i, chart in enumerate(wanted)]
@@ -104,7 +106,7 @@ def _render(template: str, charts: dict[str, list[Chart]], **context: Any) -> st
 
 
 def _write(file: Path, page: str) -> Path:
-    """Half of a surrogate pair, which a model can write and UTF-8 cannot, becomes a reference."""
+    """Writes the page; half a surrogate pair, which UTF-8 cannot encode, becomes a reference."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")

@@ -1,7 +1,7 @@
-"""What TensorBoard shows beside the scalars: charts that belong together, samples, histograms.
+"""What TensorBoard shows beside the scalars: grouped charts, settings, samples, histograms.
 
-Accelerate's tracker logs scalars and, for hyper-parameters, makes a second run with a file of its
-own; so they are written here, into the run itself, where its scalars are the results.
+Accelerate's tracker would write hyper-parameters as a second run with a file of its own. Here they
+are written into the run itself, whose scalars are the results.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,51 +11,36 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
-_BOTH = ("train", "eval")
-# Title of a chart: the scalars in it. TensorBoard shows them under "Custom Scalars".
-LAYOUT = {
-    "held out against training": {
-        "loss": [f"{split}/loss" for split in _BOTH],
-        "reward accuracy": [f"{split}/rewards/accuracies" for split in _BOTH],
-        "reward margin": [f"{split}/rewards/margins" for split in _BOTH],
-    },
-    **{
-        f"chosen and rejected, {name}": {
-            "rewards": [f"{split}/rewards/chosen", f"{split}/rewards/rejected"],
-            "log-probs, nats": [f"{split}/logps/chosen", f"{split}/logps/rejected"],
-            "reward and ranking accuracy": [
-                f"{split}/rewards/accuracies",
-                f"{split}/ranking_accuracy",
-            ],
-        }
-        for split, name in (("train", "training"), ("eval", "held out"))
-    },
-    "how far it went": {
-        "KL to the reference, nats per answer": ["eval/kl"],
-        "length of the answers, tokens": ["eval/lengths/generated"],
-        "answers right": ["eval/exact_match"],
-    },
-    "throughput": {
-        "pairs per second": ["train/pairs_per_second"],
-        "model TFLOP/s of one device": ["train/model_tflops"],
-        "share of the time": ["train/time/reference", "train/time/data", "train/time/step"],
-        "peak memory, GiB": ["train/memory_gib"],
-    },
+from dpo.metrics import PAIR_METRICS, by_chart, metric
+
+# The charts under "Custom Scalars": metrics by group; the catalogue says which share a chart.
+_GROUPS = {
+    "training and held out": PAIR_METRICS,
+    "how far it went": ("kl", "lengths/generated", "exact_match"),
+    "throughput": (
+        "pairs_per_second model_tflops time/reference time/data time/step memory_gib"
+    ).split(),
 }
 # The results that the HParams tab shows beside the settings.
 RESULTS = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "eval/kl")
 
 
 def open_board(writer: SummaryWriter, settings: Mapping[str, int | float | str | bool]) -> None:
-    """The layout of the charts, and the settings by `section.key`."""
+    """Writes the layout of the charts, and the settings by `section.key`."""
     writer.add_custom_scalars(
         {
-            group: {title: ["Multiline", tags] for title, tags in charts.items()}
-            for group, charts in LAYOUT.items()
+            group: {
+                title: ["Multiline", _scalars(chart)] for title, chart in by_chart(names).items()
+            }
+            for group, names in _GROUPS.items()
         }
     )
     for summary in hparams(dict(settings), dict.fromkeys(RESULTS, 0.0)):
         writer._get_file_writer().add_summary(summary)  # type: ignore[union-attr]
+
+
+def _scalars(names: Sequence[str]) -> list[str]:
+    return [f"{prefix}/{name}" for name in names for prefix in metric(name).logged]
 
 
 def show_evaluation(
@@ -65,7 +50,7 @@ def show_evaluation(
     samples: Sequence[Mapping[str, Any]],
     count: int = 10,
 ) -> None:
-    """Histograms over the held-out pairs, and the first samples as a table."""
+    """Writes histograms over the held-out pairs, and the first samples as a table."""
     for name, values in histograms.items():
         writer.add_histogram(f"held_out/{name}", values, step)
     if samples:
@@ -78,7 +63,7 @@ def show_evaluation(
 
 
 def _cell(text: str) -> str:
-    """As one cell of a Markdown table; control tokens are no HTML."""
+    """The text as one cell of a Markdown table, where control tokens are not HTML."""
     for plain, escaped in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("\n", "<br>")):
         text = text.replace(plain, escaped)
     return text

@@ -21,10 +21,12 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
+from dpo import run_folder
 from dpo.config import Config
 from dpo.data.files import file_sums
 from dpo.errors import UserError
 from dpo.model.load import is_adapted, load_weights
+from dpo.run_folder import checkpoint_name, list_checkpoints
 
 # May differ between a run and its continuation: they do not change what is computed.
 _FREE_KEYS = (
@@ -71,7 +73,7 @@ def find_checkpoint(config: Config) -> Path | None:
     if resume == "never":
         return None
     if resume == "auto":
-        if (folder / "summary.json").exists():
+        if (folder / run_folder.SUMMARY).exists():
             raise UserError(
                 f"train.output_dir: {folder} holds a finished run. Name another folder, or set "
                 "train.resume to never: the old run is then put aside."
@@ -99,22 +101,16 @@ def prepare_run_folder(folder: Path, checkpoint: Path | None) -> None:
     checkpoint of another folder brings along what was logged before it.
     """
     is_here = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
-    if (folder / "config.yaml").exists() and not is_here:
+    if (folder / run_folder.CONFIG).exists() and not is_here:
         _put_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").unlink(missing_ok=True)  # it says that the run is finished
+    (folder / run_folder.SUMMARY).unlink(missing_ok=True)  # it says that the run is finished
     if checkpoint and not is_here:
-        for name in ("metrics.jsonl", "samples.jsonl", "held_out.jsonl"):
+        for name in run_folder.LOGS:
             if (checkpoint.parent / name).exists():
                 shutil.copy(checkpoint.parent / name, folder / name)
-        if (checkpoint.parent / "best").exists():
-            shutil.copytree(checkpoint.parent / "best", folder / "best")
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete `checkpoint-N` of a run, oldest first."""
-    found = (p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit())
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+        if (checkpoint.parent / run_folder.BEST).exists():
+            shutil.copytree(checkpoint.parent / run_folder.BEST, folder / run_folder.BEST)
 
 
 def save_checkpoint(
@@ -127,13 +123,14 @@ def save_checkpoint(
     state: dict[str, Any],
 ) -> Path:
     """Writes `checkpoint-{step}`, then deletes the oldest; one process calls it."""
-    unfinished, checkpoint = folder / f".checkpoint-{step}", folder / f"checkpoint-{step}"
+    checkpoint = folder / checkpoint_name(step)
+    unfinished = folder / f".{checkpoint.name}"
     for stale in (unfinished, checkpoint):
         shutil.rmtree(stale, ignore_errors=True)
     save_weights(model, unfinished)
     torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
     (unfinished / "state.json").write_text(json.dumps({"step": step, **asdict(identity), **state}))
-    (unfinished / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    (unfinished / run_folder.CONFIG).write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     manifest = file_sums(unfinished, "*")
     (unfinished / "manifest.json").write_text(json.dumps(manifest))
     os.rename(unfinished, checkpoint)
@@ -243,7 +240,7 @@ def _check_same_config(config: Config, checkpoint: Path) -> None:
             for section, keys in nested.items()
             for key, value in keys.items()
         }
-        for nested in (yaml.safe_load((checkpoint / "config.yaml").read_text()), asdict(config))
+        for nested in (yaml.safe_load((checkpoint / run_folder.CONFIG).read_text()), asdict(config))
     )
     changed = [key for key in new if key not in _FREE_KEYS and old.get(key) != new[key]]
     if changed:

@@ -28,7 +28,7 @@ from dpo.model.models import Models
 from dpo.plan.flops import Costs, work
 from dpo.train.budget import Budget
 from dpo.train.optim import learning_rate
-from dpo.train.throughput import Window
+from dpo.train.throughput import LoggingInterval
 
 
 class MicroBatch(NamedTuple):
@@ -47,7 +47,7 @@ class TrainStep:
         pairs: what the order's indices are of.
         budget: how many tokens a micro-batch has, lowered where memory runs out.
         means: the pairs' metrics go here.
-        window: FLOPs, time, gradient norm and learning rate go here.
+        interval: FLOPs, time, gradient norm and learning rate go here.
         say: prints one line for the user.
     """
 
@@ -60,12 +60,12 @@ class TrainStep:
     budget: Budget
     costs: Costs
     means: RunningMeans
-    window: Window
+    interval: LoggingInterval
     say: Callable[[str], None]
 
     def __call__(self, step: int) -> None:
         """Takes step `step`, counted from 1, on this rank's part of its pairs."""
-        with self.window.stopwatch.part("data", on_host=True):
+        with self.interval.stopwatch.part("data", on_host=True):
             indices = self.order.indices(step)
             pairs = [self.pairs[i] for i in indices]
             num_tokens = [pair.num_stream_tokens for pair in pairs]
@@ -76,7 +76,7 @@ class TrainStep:
             self.means.add(micro_batch.metrics)
         self.update(step, [([indices[mine[i]] for i in m.positions], m.losses) for m in seen])
         self.models.reference.settle()  # the norm has just been read, so the device is idle
-        self.window.add(len(pairs), sum(num_tokens))
+        self.interval.add(len(pairs), sum(num_tokens))
 
     def gradient(
         self, step: int, pairs: list[TokenizedPair], *, pairs_in_step: int
@@ -97,7 +97,7 @@ class TrainStep:
             seen: list[MicroBatch] = []
             try:
                 for number, positions in enumerate(bins):
-                    with self.window.stopwatch.part("data", on_host=True):
+                    with self.interval.stopwatch.part("data", on_host=True):
                         stream = build_stream([pairs[i] for i in positions])
                         stream = stream.to(self.accelerator.device)
                     self.seed_dropout(step, number)
@@ -128,10 +128,10 @@ class TrainStep:
     def score(self, stream: Stream) -> tuple[PairLogps, Tensor]:
         """Log-probs of one micro-batch under both models, and one loss per pair."""
         policy = self.models.scorer(stream)
-        with self.window.stopwatch.part("reference"):
+        with self.interval.stopwatch.part("reference"):
             reference = self.models.reference(stream)
         flops = self.costs.flops(work(stream.segments, len(stream.targets), self.models.layout))
-        self.window.flops += flops.useful - flops.reference * self.models.reference.share_known
+        self.interval.flops += flops.useful - flops.reference * self.models.reference.share_known
         logps = pair_logps(policy, reference, stream.sequence_ids, stream.num_pairs)
         return logps, LOSSES[self.config.loss.type](logps, **self.config.loss.options)
 
@@ -154,12 +154,12 @@ class TrainStep:
         norm = self.accelerator.clip_grad_norm_(
             self.models.trained, optim.max_grad_norm or math.inf
         )
-        self.window.grad_norm = float(norm)  # type: ignore[arg-type]
-        if not math.isfinite(self.window.grad_norm):
+        self.interval.grad_norm = float(norm)  # type: ignore[arg-type]
+        if not math.isfinite(self.interval.grad_norm):
             raise RuntimeError(self.not_finite(step, losses_seen))
-        self.window.learning_rate = learning_rate(step - 1, self.order.num_steps, optim)
+        self.interval.learning_rate = learning_rate(step - 1, self.order.num_steps, optim)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.window.learning_rate
+            group["lr"] = self.interval.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -173,7 +173,7 @@ class TrainStep:
         ]
         every = [self.pairs.row_name(i) for indices, _ in losses_seen for i in indices]
         return (
-            f"step {step}: the gradient norm is {self.window.grad_norm}; stopped before the "
+            f"step {step}: the gradient norm is {self.interval.grad_norm}; stopped before the "
             f"update, so the weights are those of step {step - 1}. Rows whose loss is not "
             f"finite on rank {self.accelerator.process_index}: {', '.join(bad) or 'none'}; rows "
             f"of this step there: {', '.join(every)}. Lower optim.learning_rate, or "

@@ -1,4 +1,4 @@
-"""How fast a run is, and where its time goes, without ever making the host wait for the device."""
+"""Speed, and where the time goes, measured without making the host wait for the device."""
 
 import resource
 import time
@@ -10,9 +10,9 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by part. On a GPU they lie between events that the device passes, read at `pop`.
+    """Measures seconds by part; on a GPU between two events on the device, read at `pop`.
 
-    `pop` comes after a step's gradient norm was read, when the device has passed them all.
+    `pop` comes after a step's gradient norm was read, when the device has passed all events.
     """
 
     def __init__(self, device: torch.device):
@@ -22,7 +22,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str, *, on_host: bool = False) -> Iterator[None]:
-        """Counts what happens inside to `name`; `on_host`: work that the device has no part in."""
+        """Times the block as part `name`; `on_host` is for work without the device."""
         if self._has_events and not on_host:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -46,15 +46,15 @@ class Stopwatch:
 
 
 @dataclass
-class Window:
-    """What is measured between two logs, apart from the pairs' own metrics.
+class LoggingInterval:
+    """What is measured between two logs, besides the metrics of pairs.
 
     Args:
-        stopwatch: what times the parts `reference` and `data`; the rest is the `step` itself.
-        peak_tflops: dense TFLOP/s of one device, if they are known.
+        stopwatch: times the parts `reference` and `data`; the rest is the `step` itself.
+        peak_tflops: dense TFLOP/s of one device, if known.
 
     Attributes:
-        flops: of this rank's micro-batches, added as they are computed.
+        flops: FLOPs of this rank's micro-batches, added as they are computed.
     """
 
     stopwatch: Stopwatch
@@ -78,7 +78,7 @@ class Window:
         self.seconds, self._last = self.seconds + now - self._last, now
 
     def pop(self) -> dict[str, float]:
-        """Metrics of the window; starts a new one."""
+        """The metrics of the interval; starts a new one."""
         parts = self.stopwatch.pop()
         shares = {name: parts.get(name, 0.0) / self.seconds for name in ("reference", "data")}
         tflops = self.flops / self.seconds / 1e12
@@ -98,7 +98,7 @@ class Window:
 
 
 def peak_memory_gib() -> float:
-    """Of this process since it started: allocated on the GPU, or resident on a CPU."""
+    """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,4 @@
-"""What a run says: one bar, `metrics.jsonl`, Accelerate's trackers, the closing table."""
+"""What a run reports: the bar, `metrics.jsonl`, Accelerate's trackers, the closing table."""
 
 import json
 import platform
@@ -13,48 +13,43 @@ from accelerate import Accelerator
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
+from dpo import run_folder
 from dpo.config import Config
 from dpo.data.loader import Pairs
 from dpo.errors import UserError
 from dpo.evaluate.diagnostics import Watch
 from dpo.evaluate.evaluator import Evaluation, held_out_columns
 from dpo.losses import PairLogps, implicit_rewards
-from dpo.report.logs import read_lines
+from dpo.metrics import metric
+from dpo.run_folder import append_lines, read_lines
 from dpo.train.board import open_board, show_evaluation
 
-# Rows of the closing table: held-out metric, its name there, and how it is printed.
-_TABLE = (
-    ("eval/exact_match", "answers right (greedy)", "{:.1%}"),
-    ("eval/rewards/accuracies", "reward accuracy", "{:.1%}"),
-    ("eval/rewards/margins", "reward margin", "{:.3f}"),
-    ("eval/loss", "loss", "{:.4f}"),
-    ("eval/kl", "KL to the reference, nats per answer", "{:.2f}"),
-    ("eval/lengths/generated", "answer length, tokens", "{:.1f}"),
-    ("eval/logps/chosen", "log-prob of chosen, nats", "{:.2f}"),
-    ("eval/logps/rejected", "log-prob of rejected, nats", "{:.2f}"),
-)
+# The rows of the closing table.
+_CLOSING = (
+    "eval/exact_match eval/rewards/accuracies eval/rewards/margins eval/loss eval/kl "
+    "eval/lengths/generated eval/logps/chosen eval/logps/rejected"
+).split()
 
 
 class Tracker:
-    """Writes metrics; only the main process does, the others call in vain."""
+    """Writes metrics on the main process; on the others every call does nothing."""
 
     def __init__(self, accelerator: Accelerator, folder: Path, watch: Watch):
         self._accelerator = accelerator
-        self._file, self._samples = folder / "metrics.jsonl", folder / "samples.jsonl"
-        self._held_out = folder / "held_out.jsonl"
+        self._file, self._samples, self._held_out = (folder / name for name in run_folder.LOGS)
         self._bar: tqdm[Any] | None = None
         self._writer: SummaryWriter | None = None
         self._watch = watch
 
     def rewind(self, start_step: int) -> None:
-        """Forgets what was logged after the step that the run goes on from: it comes again."""
+        """Drops what was logged after `start_step`, since the resumed run logs it again."""
         for file in (self._file, self._samples, self._held_out):
             kept = [line for line in read_lines(file) if line["step"] <= start_step]
             rewritten = file.with_suffix(".tmp")
             rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
             rewritten.replace(file)
         for line in read_lines(self._file):
-            self._watch.see(line)  # what it finds there was said before
+            self._watch.see(line)  # these findings were printed before
 
     def start(self, config: Config, start_step: int, total_steps: int) -> None:
         """Opens trackers and the bar."""
@@ -80,17 +75,17 @@ class Tracker:
         )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, the same to every tracker, and what it gives away."""
+        """Logs the metrics to metrics.jsonl and every tracker; prints the warnings that follow."""
         if not self._accelerator.is_main_process:
             return
         line = {"step": step, **metrics}
-        _append(self._file, [line])
+        append_lines(self._file, [line])
         self._accelerator.log(metrics, step=step)
         for finding in self._watch.see(line):
             self.say(str(finding))
 
     def advance(self, metrics: dict[str, float] | None) -> None:
-        """Moves the bar one step; shows how well and how fast it goes, where that is new."""
+        """Moves the bar one step; shows the metrics, if there are new ones."""
         assert self._bar is not None
         self._bar.update()
         if metrics:
@@ -112,12 +107,13 @@ class Tracker:
     def log_evaluation(
         self, step: int, evaluation: Evaluation, held_out: Pairs, *, beta: float
     ) -> None:
-        """Its metrics, its samples, and the log-probs of every held-out pair."""
+        """Logs an evaluation: metrics, samples, and the log-probs of every held-out pair."""
         self.log(step, evaluation.metrics)
         if not self._accelerator.is_main_process:
             return
-        _append(self._samples, [{"step": step, **sample} for sample in evaluation.samples])
-        _append(self._held_out, [{"step": step, **held_out_columns(held_out, evaluation.logps)}])
+        append_lines(self._samples, [{"step": step, **sample} for sample in evaluation.samples])
+        columns = held_out_columns(held_out, evaluation.logps)
+        append_lines(self._held_out, [{"step": step, **columns}])
         if self._writer:
             chosen, rejected = implicit_rewards(evaluation.logps, beta=beta)
             histograms = {
@@ -128,11 +124,11 @@ class Tracker:
             show_evaluation(self._writer, step, histograms, evaluation.samples)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The evaluation lines so far; the first is that before training."""
+        """The evaluation lines so far; the first is from before training."""
         return [line for line in read_lines(self._file) if "eval/loss" in line]
 
     def last_held_out(self) -> PairLogps | None:
-        """Of every held-out pair, as the last evaluation found them."""
+        """The log-probs of every held-out pair at the last evaluation."""
         lines = read_lines(self._held_out)
         if not lines:
             return None
@@ -143,21 +139,16 @@ class Tracker:
         return [line for line in read_lines(self._samples) if line["step"] == step]
 
     def close_bar(self) -> None:
-        """So that what is printed next stands below it."""
+        """Closes the bar, so that what is printed next stands below it."""
         if self._bar is not None:
             self._bar.close()
-
-
-def _append(file: Path, lines: list[dict[str, Any]]) -> None:
-    with file.open("a") as log:
-        log.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def check_trackers(report_to: str | list[str]) -> list[str]:
     """The trackers to report to, each known to Accelerate and installed.
 
     Raises:
-        UserError: naming one that is not.
+        UserError: one is unknown or not installed.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
@@ -176,18 +167,18 @@ def check_trackers(report_to: str | list[str]) -> list[str]:
 
 
 def versions() -> str:
-    """Of everything that decides the numbers."""
+    """The versions of every package that can change the results."""
     packages = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
     found = ", ".join(f"{name} {version(name)}" for name in packages)
     return f"Python {platform.python_version()}, {found}"
 
 
 def closing_table(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Held-out figures before and after training, side by side."""
+    """Held-out metrics before and after training, side by side."""
     rows = [
-        f"{name:<38}{shape.format(before[key]):>12}{shape.format(after[key]):>12}"
-        for key, name, shape in _TABLE
-        if key in before and key in after
+        f"{entry.title:<38}{before[name]:>12{entry.format}}{after[name]:>12{entry.format}}"
+        for name, entry in ((name, metric(name)) for name in _CLOSING)
+        if name in before and name in after
     ]
     return "\n".join([f"{'held out':<38}{'before':>12}{'after':>12}", *rows])
 
@@ -207,7 +198,7 @@ def side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]], coun
 
 
 def device_name(device: torch.device) -> str:
-    """For the run header."""
+    """The device in words, for the run header."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"

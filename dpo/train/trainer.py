@@ -15,14 +15,15 @@ from typing import Any
 
 from torch import Tensor
 
+from dpo import run_folder
 from dpo.cli import save
-from dpo.config import BEST_METRICS, Config
+from dpo.config import Config
 from dpo.data.loader import load_data
 from dpo.data.order import Order, is_due
 from dpo.evaluate.diagnostics import Watch
 from dpo.evaluate.evaluator import Evaluator
 from dpo.evaluate.token_rewards import rewards_to_show
-from dpo.metrics import RunningMeans
+from dpo.metrics import RunningMeans, is_better
 from dpo.model.fingerprint import weights_digest
 from dpo.model.load import load_tokenizer
 from dpo.model.models import build_models
@@ -37,7 +38,7 @@ from dpo.train.launch import build_accelerator
 from dpo.train.optim import build_optimizer
 from dpo.train.selfcheck import check_start, first_pairs
 from dpo.train.step import TrainStep
-from dpo.train.throughput import Stopwatch, Window
+from dpo.train.throughput import LoggingInterval, Stopwatch
 from dpo.train.tracking import (
     Tracker,
     check_trackers,
@@ -118,14 +119,15 @@ class Run:
         if accelerator.is_main_process:
             checkpoints.prepare_run_folder(self.folder, resume_from)
             self.tracker.rewind(self.start_step)
-            save(config, self.folder / "config.yaml")
-            (self.folder / "data_report.json").write_text(json.dumps(data.report, indent=1))
-            (self.folder / "header.txt").write_text(about + "\n")
+            save(config, self.folder / run_folder.CONFIG)
+            report = json.dumps(data.report, indent=1)
+            (self.folder / run_folder.DATA_REPORT).write_text(report)
+            (self.folder / run_folder.HEADER).write_text(about + "\n")
         self.tracker.say(about)
         self.tracker.start(config, self.start_step, order.num_steps)
 
         peak = config.train.peak_tflops or peak_tflops(device_name(device))
-        self.window = Window(Stopwatch(device), peak)
+        self.interval = LoggingInterval(Stopwatch(device), peak)
         self.train_step = TrainStep(
             config,
             accelerator,
@@ -136,7 +138,7 @@ class Run:
             budget,
             costs(policy.model),
             self.means,
-            self.window,
+            self.interval,
             self.tracker.say,
         )
         self.evaluator = Evaluator(config, accelerator, models, self.tokenizer, data.held_out)
@@ -158,7 +160,7 @@ class Run:
         if step == 1 or is_last or is_due(step, self.config.train.logging_steps):
             pairs = self.means.pop(self._sum)
             metrics = {
-                f"train/{name}": value for name, value in (pairs | self.window.pop()).items()
+                f"train/{name}": value for name, value in (pairs | self.interval.pop()).items()
             }
             self.tracker.log(step, metrics)
         self.tracker.advance(metrics)
@@ -168,7 +170,7 @@ class Run:
         if not len(self.data.held_out):
             return
         evaluation = self.evaluator.evaluate()
-        self.window.restart_clock()  # evaluation is not training time
+        self.interval.restart_clock()  # evaluation is not training time
         self.tracker.log_evaluation(
             step, evaluation, self.data.held_out, beta=self.config.loss.beta
         )
@@ -188,7 +190,7 @@ class Run:
                 self.folder, step, model, optimizer, self.config, identity, state
             )
         self.accelerator.wait_for_everyone()
-        self.window.restart_clock()
+        self.interval.restart_clock()
 
     def share_reference(self) -> None:
         """Lets every rank find what any rank has computed of the reference."""
@@ -198,7 +200,7 @@ class Run:
         """Writes `final/` and `summary.json`, and prints the held-out figures before and after."""
         self.share_reference()
         if self.accelerator.is_main_process:
-            final = self.folder / "final"
+            final = self.folder / run_folder.FINAL
             checkpoints.save_weights(self.models.policy.model, final)
             self.tokenizer.save_pretrained(final)
             self.tracker.close_bar()
@@ -206,8 +208,8 @@ class Run:
             before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
             summary = {"before": before, "after": after}
             tokens = self._token_rewards()
-            (self.folder / "token_rewards.json").write_text(json.dumps(tokens, indent=1))
-            (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+            (self.folder / run_folder.TOKEN_REWARDS).write_text(json.dumps(tokens, indent=1))
+            (self.folder / run_folder.SUMMARY).write_text(json.dumps(summary, indent=1))
             if evaluations:
                 old, new = (self.tracker.samples_at(line["step"]) for line in (before, after))
                 print(f"\n{closing_table(before, after)}\n\n{side_by_side(old, new)}")
@@ -240,12 +242,12 @@ class Run:
         if not name:
             return
         value = metrics[name]
-        if self.best is None or BEST_METRICS[name](value, self.best) != self.best:
+        if self.best is None or is_better(name, value, self.best):
             self.best = value
-            best = self.folder / "best"
+            best = self.folder / run_folder.BEST
             checkpoints.save_weights(self.models.policy.model, best)
             self.tokenizer.save_pretrained(best)
-            (best / "metric.json").write_text(json.dumps({"step": step, name: value}))
+            (best / run_folder.BEST_METRIC).write_text(json.dumps({"step": step, name: value}))
 
     def _token_rewards(self) -> list[dict[str, Any]]:
         """Some held-out pairs, token by token, under the weights as they are now."""

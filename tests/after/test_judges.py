@@ -10,14 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from dpo.after.judges import (
-    Answers,
     EndpointJudge,
     FunctionJudge,
+    JudgedAnswers,
     Verdict,
     exact_match,
     judge_all,
     load_judge,
-    win_rate_figures,
+    win_rate_statistics,
 )
 from dpo.errors import UserError
 
@@ -26,7 +26,7 @@ KEY = "sk-secret-of-the-test"
 
 def answers(base="wrong", policy="right", base_length=3, policy_length=3):
     lengths = {"base_length": base_length, "policy_length": policy_length}
-    return Answers("7", "2 + 2?", chosen="right", base=base, policy=policy, **lengths)
+    return JudgedAnswers("7", "2 + 2?", chosen="right", base=base, policy=policy, **lengths)
 
 
 @contextmanager
@@ -119,9 +119,9 @@ def test_an_unreadable_verdict_is_no_tie(reply):
         verdict = judge_at(url)(answers())
     assert verdict == Verdict(None, ("[[A]]", reply))
     clear = Verdict(1.0)
-    figures = win_rate_figures([answers()] * 3, [clear, verdict, clear])
+    figures = win_rate_statistics([answers()] * 3, [clear, verdict, clear])
     assert (figures["unreadable_verdicts"], figures["ties"], figures["win_rate"]) == (1, 0, 1.0)
-    assert win_rate_figures([answers()], [verdict])["win_rate"] is None
+    assert win_rate_statistics([answers()], [verdict])["win_rate"] is None
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -272,7 +272,7 @@ def test_a_password_in_the_url_is_refused():
 def test_a_tie_is_half_a_win():
     """Two wins, one tie, one loss: 2.5 of 4."""
     verdicts = [Verdict(v) for v in (1.0, 1.0, 0.5, 0.0)]
-    figures = win_rate_figures([answers(base_length=2, policy_length=6)] * 4, verdicts)
+    figures = win_rate_statistics([answers(base_length=2, policy_length=6)] * 4, verdicts)
     assert figures["win_rate"] == 0.625
     assert [figures[k] for k in ("wins", "ties", "losses")] == [2, 1, 1]
     low, high = figures["win_rate_95"]
@@ -285,6 +285,6 @@ def test_the_win_rate_of_a_judge_of_length_is_half_when_controlled():
     lengths = [3 + i % 8 for i in range(200)]  # the policy's; the base's answers have 5 tokens
     judged = [answers(base_length=5, policy_length=n) for n in lengths]
     verdicts = [Verdict((n > 5) + (n == 5) / 2) for n in lengths]
-    figures = win_rate_figures(judged, verdicts)
+    figures = win_rate_statistics(judged, verdicts)
     assert figures["win_rate"] > 0.65
     assert figures["win_rate_length_controlled"] == pytest.approx(0.5, abs=0.06)

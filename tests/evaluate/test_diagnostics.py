@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.evaluate.diagnostics import WINDOW, Watch, diagnose
+from dpo.evaluate.diagnostics import LOOK_BACK, Watch, diagnose
 
 BETA = 0.1
 DOCS = Path(__file__).parents[2] / "docs" / "diagnostics.md"
@@ -70,10 +70,10 @@ def test_saturation_is_perfect_accuracy_and_a_loss_near_zero_over_a_window():
     """As in the article: loss near 0 before step 50, accuracy 1.0."""
     saturated = {"loss": 0.01, "rewards/accuracies": 1.0}
     (finding,) = diagnose(steps(30, **saturated), BETA)
-    assert (finding.key, finding.step) == ("saturation", WINDOW)
+    assert (finding.key, finding.step) == ("saturation", LOOK_BACK)
     assert "0.010" in finding.saw
     assert "100.0%" in finding.saw
-    assert keys(steps(WINDOW - 1, **saturated)) == []
+    assert keys(steps(LOOK_BACK - 1, **saturated)) == []
     assert keys(steps(30, loss=0.01, **{"rewards/accuracies": 0.9})) == []
     assert keys(steps(30, loss=0.3, **{"rewards/accuracies": 1.0})) == []
 
@@ -87,7 +87,7 @@ def test_one_lucky_step_is_not_saturation():
 def test_a_run_that_holds_nothing_out_is_told_of_displacement_by_its_training_rewards():
     """The bound is 0.05 nats, at beta 0.1 a reward of -0.005."""
     (finding,) = diagnose(steps(30, **{"rewards/chosen": -0.006}), BETA)
-    assert (finding.key, finding.step) == ("displacement", WINDOW)
+    assert (finding.key, finding.step) == ("displacement", LOOK_BACK)
     assert "0.06 nats" in finding.saw
     assert keys(steps(30, **{"rewards/chosen": -0.004})) == []
 

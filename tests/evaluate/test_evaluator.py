@@ -8,7 +8,6 @@ from dpo.errors import UserError
 from dpo.evaluate.samples import generate
 from dpo.evaluate.statistics import spread
 from dpo.model.reference import adapter_off
-from dpo.train.tracking import closing_table, side_by_side
 from dpo.train.trainer import Run
 from tests.models import QUICKSTART_MODEL
 from tests.oracle import answer_logps
@@ -116,26 +115,6 @@ def test_exact_match_compares_the_greedy_answer_with_the_chosen_one(tmp_path):
 def test_prompts_are_spread_over_the_whole_file():
     assert spread(100, 5).tolist() == [0, 25, 50, 74, 99]
     assert spread(3, 5).tolist() == [0, 1, 2]
-
-
-def test_the_closing_table_shows_what_both_evaluations_measured():
-    before = {"step": 0, "eval/exact_match": 0.41, "eval/kl": 0.0}
-    after = {"step": 9, "eval/exact_match": 0.975, "eval/kl": 3.25, "eval/loss": 0.1}
-    table = closing_table(before, after).splitlines()
-    assert table[1].split() == ["answers", "right", "(greedy)", "41.0%", "97.5%"]
-    assert table[2].endswith("0.00        3.25")
-    assert len(table) == 3
-
-
-def test_samples_stand_side_by_side():
-    old = [{"prompt": "2 + 2?", "answer": "5", "chosen": "4"}]
-    new = [{"prompt": "2 + 2?", "answer": "4", "chosen": "4"}]
-    assert side_by_side(old, new).splitlines() == [
-        "2 + 2?",
-        "  before: 5",
-        "  after:  4",
-        "  chosen: 4",
-    ]
 
 
 def test_a_run_without_a_reference_has_no_kl(tmp_path):

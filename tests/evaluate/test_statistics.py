@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dpo.evaluate.statistics import (
-    group_figures,
+    group_statistics,
     length_controlled,
-    pair_figures,
+    pair_statistics,
     standard_error,
     wilson,
 )
@@ -107,7 +107,7 @@ def test_the_figures_of_four_pairs():
       2       -10      -10        0          0      a tie: not right
       3       -12       -9     -1.5         -2
     """
-    f = pair_figures(columns([-8, -11, -10, -12], [-12, -15, -10, -9]), beta=0.5)
+    f = pair_statistics(columns([-8, -11, -10, -12], [-12, -15, -10, -9]), beta=0.5)
     assert f["pairs"] == 4
     assert f["reward_accuracy"] == 0.5
     assert f["reward_accuracy_95"] == wilson(2, 4)
@@ -124,12 +124,14 @@ def test_the_figures_of_four_pairs():
 
 def test_ranking_per_token_does_not_favour_the_shorter_answer():
     """-6 over 6 tokens against -4 over 2: the sum prefers the rejected one, the mean the chosen."""
-    f = pair_figures(columns([-6.0], [-4.0], [6], [2]), beta=1.0)
+    f = pair_statistics(columns([-6.0], [-4.0], [6], [2]), beta=1.0)
     assert (f["ranking_accuracy"], f["ranking_accuracy_per_token"]) == (0.0, 1.0)
 
 
 def test_kl_is_over_the_prompts_that_were_answered():
-    f = pair_figures(columns([0] * 3, [0] * 3, sampled_log_ratios=[1.0, math.nan, 4.0]), beta=1.0)
+    f = pair_statistics(
+        columns([0] * 3, [0] * 3, sampled_log_ratios=[1.0, math.nan, 4.0]), beta=1.0
+    )
     assert (f["kl"], f["kl_answers"]) == (2.5, 2)
     assert f["kl_se"] == pytest.approx(1.5)
 
@@ -140,7 +142,7 @@ def test_every_grouping_holds_each_pair_once():
     lengths = [rng.integers(1, 50, n).tolist() for _ in range(2)]
     source = ["orca" if i % 3 else "hh" for i in range(n)]
     given = columns(rng.normal(-10, 3, n), rng.normal(-12, 3, n), *lengths, source=source)
-    groups = group_figures(given, beta=0.1)
+    groups = group_statistics(given, beta=0.1)
     for kind in ("by_source", "by_length", "by_longer"):
         assert sum(f["pairs"] for f in groups[kind].values()) == groups["all"]["pairs"] == n
         mean = sum(f["pairs"] * f["reward_accuracy"] for f in groups[kind].values()) / n
@@ -150,7 +152,7 @@ def test_every_grouping_holds_each_pair_once():
 
 
 def test_one_source_is_no_group():
-    groups = group_figures(columns([-8.0], [-9.0]), beta=0.1)
+    groups = group_statistics(columns([-8.0], [-9.0]), beta=0.1)
     assert "by_source" not in groups
     assert list(groups["by_length"]) == ["10 tokens"]
     assert list(groups["by_longer"]) == ["equally long"]

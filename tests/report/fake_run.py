@@ -6,7 +6,7 @@ import math
 import numpy as np
 import yaml
 
-from dpo.evaluate.statistics import group_figures
+from dpo.evaluate.statistics import group_statistics
 
 NUMBERS = (
     "policy_chosen_logps policy_rejected_logps ref_chosen_logps ref_rejected_logps "
@@ -16,7 +16,7 @@ STEPS = 20
 BETA = 0.5
 FILES = (
     "config.yaml metrics.jsonl summary.json samples.jsonl held_out.jsonl token_rewards.json "
-    "data_report.json evaluation.json header.txt"
+    "data_report.json held_out.json header.txt"
 ).split()
 
 
@@ -124,7 +124,7 @@ def evaluated(text):
     columns = dict.fromkeys(NUMBERS, -ones) | {"source": np.array([text] * 40)}
     columns |= {"policy_chosen_logps": np.where(np.arange(40) < 35, 0.0, -2.0)}
     columns |= {"chosen_lengths": 5 * ones, "rejected_lengths": 7 * ones}
-    figures = group_figures(columns, beta=BETA)
+    figures = group_statistics(columns, beta=BETA)
     return {"rows": text, "has_reference": True, "beta": BETA, **figures}
 
 
@@ -152,7 +152,7 @@ def fake_run(
     }
     trained = [training_line(step) for step in range(1, steps + 1)]
     lines = sorted([*evaluations, *trained], key=lambda line: line["step"])
-    evaluation = {"run": str(folder), "weights": "final", "held_out": evaluated(text)}
+    weights = {"run": str(folder), "weights": "final", "sha256": {"model.safetensors": "0" * 64}}
     last = evaluations[-1]["step"]
     put(folder / "config.yaml", yaml.safe_dump(config, allow_unicode=True))
     put(folder / "metrics.jsonl", jsonl(lines))
@@ -161,7 +161,7 @@ def fake_run(
     put(folder / "held_out.jsonl", jsonl([held_out(s, margins, lengths) for s in (0, last)]))
     put(folder / "token_rewards.json", json.dumps(token_rewards(text)))
     put(folder / "data_report.json", json.dumps(report(text)))
-    put(folder / "evaluation.json", json.dumps(evaluation))
+    put(folder / "held_out.json", json.dumps(weights | evaluated(text)))
     put(folder / "header.txt", f"torch 2.13 {text}\n")
     return folder
 

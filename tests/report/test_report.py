@@ -79,7 +79,7 @@ def test_the_table_holds_the_figures_of_the_summary(folder, page):
         ("eval/exact_match", "Right answers", ".1%"),
         ("eval/rewards/margins", "Reward margin", ".3f"),
         ("eval/loss", "Loss", ".4f"),
-        ("eval/logps/rejected", "Log-prob of rejected", ".2f"),
+        ("eval/logps/rejected", "Log-prob of rejected, nats", ".2f"),
     ):
         before, after = (format(summary[when][key], shape) for when in ("before", "after"))
         row = re.search(rf'<tr><th scope="row">{name}<.*?</tr>', page)
@@ -157,7 +157,7 @@ SUBSETS = (
     ["config.yaml"],
     ["metrics.jsonl"],
     ["samples.jsonl", "held_out.jsonl", "token_rewards.json"],
-    ["data_report.json", "evaluation.json", "header.txt", "summary.json"],
+    ["data_report.json", "held_out.json", "header.txt", "summary.json"],
 )
 
 
@@ -174,7 +174,7 @@ def test_a_report_is_written_whatever_files_are_missing(missing, tmp_path):
         "held_out.jsonl": "pairs",
         "token_rewards.json": "tokens",
         "data_report.json": "data",
-        "evaluation.json": "evaluation",
+        "held_out.json": "evaluation",
     }
     if "config.yaml" in missing:  # no beta, no rewards
         del sections["held_out.jsonl"]
@@ -365,7 +365,7 @@ def test_only_configuration_and_evaluation_may_name_a_folder_of_this_machine(fol
 def test_the_report_shows_the_tables_that_evaluate_prints(tmp_path):
     """Cell by cell, from the same figures."""
     folder = fake_run(tmp_path / "run")
-    tables = list(evaluation_tables(json.loads((folder / "evaluation.json").read_text())))
+    tables = list(evaluation_tables(read_logs(folder).measured))
     page = write_report(folder).read_text()
     shown = page.split('id="evaluation"')[1].split("</section>")[0]
     cells = [cell for table in tables for row in table.rows for cell in row if cell]
@@ -373,6 +373,18 @@ def test_the_report_shows_the_tables_that_evaluate_prints(tmp_path):
     for cell in cells:
         assert f">{cell.strip()}<" in shown
     assert "87.5%" in str(tables[0])
+
+
+def test_results_of_different_weights_are_not_shown_as_those_of_one_model(tmp_path):
+    folder = fake_run(tmp_path / "run")
+    assert "measured, with the weights in final/." in write_report(folder).read_text()
+    held_out = json.loads((folder / "held_out.json").read_text())
+    harness = held_out | {"weights": "best", "rows": [], "tables": {"base": "a", "policy": "b"}}
+    (folder / "lm_eval.json").write_text(json.dumps(harness))
+    assert "measured, with the weights in final/ and best/." in write_report(folder).read_text()
+    (folder / "lm_eval.json").write_text(json.dumps(harness | {"sha256": {}}))
+    said = "with different weights: held_out with those in final/, lm_eval with those in best/."
+    assert said in write_report(folder).read_text()
 
 
 def two_runs(folder, **second):
@@ -388,7 +400,10 @@ def test_a_comparison_shows_the_keys_that_differ_and_stars_the_best(tmp_path):
     assert columns["Right answers"].best == [True, False]
     assert columns["Reward margin"].best == [True, False]
     assert columns["Reward accuracy"].best == [False, False]  # the same
-    assert columns["KL, nats per answer"].best == [False, False]  # a cost, not a result
+    assert columns["KL to the reference, nats per answer"].best == [
+        False,
+        False,
+    ]  # a cost, not a result
     page = write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "c.html").read_text()
     assert page.count("&#9733;") == sum(sum(column.best) for column in columns.values())
 
@@ -446,8 +461,8 @@ def test_what_holds_no_run_is_refused(tmp_path):
         ("metrics.jsonl", "5\n", "line 1 is broken: got a int, wanted a dict"),
         ("metrics.jsonl", b"\xff\n", "metrics.jsonl cannot be read: 'utf-8' codec"),
         ("held_out.jsonl", "{}\n{\n", "held_out.jsonl, line 2 is broken"),
-        ("evaluation.json", '{"run": ', "evaluation.json is broken: Expecting value"),
-        ("evaluation.json", "[]", "evaluation.json is broken: got a list, wanted a dict"),
+        ("held_out.json", '{"run": ', "held_out.json is broken: Expecting value"),
+        ("held_out.json", "[]", "held_out.json is broken: got a list, wanted a dict"),
         ("config.yaml", "model: [", "config.yaml is broken: while parsing"),
         ("config.yaml", "loss:\nbeta: 1\n", "config.yaml is broken: wanted sections"),
     ],
@@ -492,19 +507,6 @@ def test_the_script_refuses_a_folder_without_a_run_in_one_message(tmp_path):
     assert "Traceback" not in err
 
 
-def test_the_report_draws_no_metric_that_a_run_does_not_log():
-    """Their names are spelt out in the report: each must be one that training or evaluation has."""
-    from dpo.metrics import METRICS
-    from dpo.report import curves, digest
-
-    logged = {*METRICS, "kl", "exact_match", "lengths/generated", "learning_rate", "grad_norm"}
-    logged |= {"tokens_per_second", "pairs_per_second", "memory_gib"}
-    drawn = {key for _, keys, *_ in (*curves._CURVES, *curves._SPEED) for key in keys}
-    tables = (digest._FIGURES, comparison._RESULTS, comparison._OVERLAID)
-    shown = {row[0].partition("/")[2] for table in tables for row in table}
-    assert drawn | shown <= logged
-
-
 def test_a_run_that_held_nothing_out_has_a_report(tmp_path):
     """As the article's: its summary is {"before": {}, "after": {}}."""
     folder = fake_run(tmp_path / "run")
@@ -513,7 +515,7 @@ def test_a_run_that_held_nothing_out_has_a_report(tmp_path):
     (folder / "metrics.jsonl").write_text("".join(trained))
     (folder / "summary.json").write_text(json.dumps({"before": {}, "after": {}}))
     (folder / "token_rewards.json").write_text("[]")
-    for name in ("held_out.jsonl", "samples.jsonl", "evaluation.json"):
+    for name in ("held_out.jsonl", "samples.jsonl", "held_out.json"):
         (folder / name).unlink()
     page = write_report(folder).read_text()
     assert 'id="curves"' in page

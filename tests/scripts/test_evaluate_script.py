@@ -26,8 +26,10 @@ from dpo.after.finished import FinishedRun
 from dpo.after.judges import load_judge
 from dpo.cli import save
 from dpo.config import DataSource
+from dpo.data.files import file_sums
 from dpo.errors import UserError
 from dpo.evaluate.samples import generate
+from dpo.run_folder import JUDGED, MEASURED
 from tests.after.test_judges import KEY, prefers_right, server
 from tests.oracle import answer_logps
 from tests.scripts.test_scripts import ultrafeedback_file
@@ -44,10 +46,14 @@ def lora(tmp_path_factory):
 
 
 def report_of(folder, **options):
-    """What is printed, and the JSON."""
+    """What is printed, and the files by part."""
     printed = "\n".join(evaluate_run(folder, Options(**options)))
-    output = options.get("output") or folder / "evaluation.json"
-    return printed, json.loads(output.read_text())
+    return printed, read(options.get("output") or folder)
+
+
+def read(folder):
+    files = {part: folder / name for part, name in MEASURED.items()}
+    return {part: json.loads(f.read_text()) for part, f in files.items() if f.exists()}
 
 
 @pytest.mark.parametrize("kind", ["lora", "adapter", "full", "zero", "zero and full"])
@@ -120,8 +126,7 @@ def test_several_sources_are_told_apart(tmp_path):
 
 
 def test_exact_match_and_everything_that_is_written(lora, tmp_path):
-    output = tmp_path / "evaluation.json"
-    printed, report = report_of(lora, judge="exact_match", prompts=5, output=output)
+    printed, report = report_of(lora, judge="exact_match", prompts=5, output=tmp_path)
     win_rate = report["win_rate"]
     lines = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
     assert len(lines) == win_rate["prompts"] == 5
@@ -131,49 +136,45 @@ def test_exact_match_and_everything_that_is_written(lora, tmp_path):
         assert win_rate[f"length_{side}"] == np.mean([line[f"{side}_length"] for line in lines])
     assert win_rate["win_rate"] == np.mean([line["verdict"] for line in lines])
     assert all(line["prompt"].endswith("<|im_start|>assistant\n") for line in lines)
-    assert report["weights"] == "final"
+    assert win_rate["weights"] == "final"
+    assert win_rate["sha256"] == file_sums(lora / "final", "*.safetensors")
     assert win_rate["options"]["prompts"] == 5
     for said in ("reward accuracy", "KL to the reference", "by group", "answers right"):
         assert said in printed
 
 
-def test_parts_of_an_earlier_call_stay_until_measured_anew(lora, tmp_path):
-    """Of the same weights only; each with the options of its own call."""
-    output = tmp_path / "evaluation.json"
-    _, judged = report_of(lora, judge="exact_match", prompts=4, output=output)
-    printed, both = report_of(lora, prompts=2, output=output)
-    assert "Of an earlier call: win_rate." in printed
-    assert "in place of an earlier call's: held_out." in printed
-    assert both["win_rate"] == judged["win_rate"]
+def test_what_an_earlier_call_measured_stays_with_its_own_weights_and_options(lora, tmp_path):
+    """Measured again, a part is replaced; the file of another part says what it was measured on."""
+    _, first = report_of(lora, judge="exact_match", prompts=4, output=tmp_path)
+    _, both = report_of(lora, prompts=2, output=tmp_path)
+    assert both["win_rate"] == first["win_rate"]
+    assert both["held_out"]["sha256"] == both["win_rate"]["sha256"]
     assert [both[part]["options"]["prompts"] for part in ("win_rate", "held_out")] == [4, 2]
 
     other = tmp_path / "other"
     shutil.copytree(lora, other)
-    assert "win_rate" in report_of(other, prompts=2, output=output)[1]  # the same weights
     weights = other / "final" / "adapter_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
-    printed, anew = report_of(other, prompts=2, output=output)
-    assert "win_rate" not in anew
-    assert "not measured on these weights, and is replaced" in printed
-    output.write_text("[1]")
-    assert "held_out" in report_of(other, prompts=2, output=output)[1]
+    (tmp_path / "held_out.json").write_text("[1]")
+    _, mixed = report_of(other, prompts=2, output=tmp_path)
+    assert mixed["win_rate"] == first["win_rate"]
+    assert mixed["held_out"]["sha256"] != mixed["win_rate"]["sha256"]
 
 
 def test_a_judge_that_fails_leaves_what_another_has_judged(lora, tmp_path, monkeypatch):
-    output, judged = tmp_path / "evaluation.json", tmp_path / "judged.jsonl"
-    _, before = report_of(lora, judge="exact_match", prompts=2, output=output)
+    judged = tmp_path / "judged.jsonl"
+    _, before = report_of(lora, judge="exact_match", prompts=2, output=tmp_path)
     lines = judged.read_text()
     (tmp_path / "broken.py").write_text("def judge(prompt, policy, base, chosen):\n    return 7\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="got 7"):
-        report_of(lora, judge="broken:judge", prompts=2, output=output)
+        report_of(lora, judge="broken:judge", prompts=2, output=tmp_path)
     assert judged.read_text() == lines
-    assert json.loads(output.read_text())["win_rate"] == before["win_rate"]
+    assert read(tmp_path)["win_rate"] == before["win_rate"]
 
 
 def test_a_figure_that_is_not_finite_does_not_lose_the_others(lora, tmp_path, monkeypatch):
-    output = tmp_path / "evaluation.json"
-    printed, _ = report_of(lora, prompts=2, output=output)
+    printed, _ = report_of(lora, prompts=2, output=tmp_path)
     assert "Not finite" not in printed
     measured = measure_pairs
 
@@ -183,7 +184,7 @@ def test_a_figure_that_is_not_finite_does_not_lose_the_others(lora, tmp_path, mo
         return figures
 
     monkeypatch.setattr(evaluation, "measure_pairs", infinite)
-    printed, report = report_of(lora, prompts=2, output=output)
+    printed, report = report_of(lora, prompts=2, output=tmp_path)
     assert "Not finite: 1 of them." in printed
     assert report["held_out"]["all"]["kl"] == -np.inf
     assert report["held_out"]["all"]["reward_margin"] != 0
@@ -289,17 +290,13 @@ def test_lm_eval_alone_needs_no_held_out_pairs(tmp_path):
         ({"include_path": Path(".")}, "--include_path: got ., which does nothing without --lm"),
         ({"include_path": Path("no/such"), "lm_eval": "t"}, "no/such is not a folder"),
         ({"data_format": "orca"}, "--data_format: got orca, which does nothing without --data_p"),
-        ({"output": Path("/tmp")}, "--output: /tmp cannot be written (Is a directory)"),
-        ({"output": Path("/proc/x.json")}, "--output: /proc/x.json cannot be written"),
+        ({"output": Path("/proc")}, "--output: /proc/held_out.json cannot be written"),
         ({"prompts": 0}, "--prompts: got 0"),
         ({"top_p": 0.0}, "--top_p: got 0"),
         ({"temperature": -1.0}, "--temperature: got -1"),
         ({"judge": "exact"}, "wanted exact_match"),
         ({"data_path": "no/such.jsonl"}, "no/such.jsonl does not exist"),
-        (
-            {"output": Path("no/such/folder.json")},
-            "--output: no/such/folder.json cannot be written",
-        ),
+        ({"output": Path("no/such")}, "--output: no/such/held_out.json cannot be written"),
     ],
 )
 def test_what_cannot_be_honoured_is_a_user_error(lora, options, said, monkeypatch):
@@ -322,17 +319,16 @@ def script(*arguments, **environment):
 
 @pytest.mark.slow
 def test_from_the_command_line_with_a_judge_behind_a_url(lora, tmp_path):
-    output = tmp_path / "evaluation.json"
     with server(prefers_right) as (url, requests):
-        judge = ["--judge", url, "--judge_model", "judge-1", "--prompts", 4, "--output", output]
+        judge = ["--judge", url, "--judge_model", "judge-1", "--prompts", 4, "--output", tmp_path]
         code, out, err = script(lora, *judge, OPENAI_API_KEY=KEY)
         assert code == 0, err
         assert len(requests) == 8
     assert f"4 prompts, judge {url}" in out
     assert "Warning" not in err
-    written = output.read_text() + (tmp_path / "judged.jsonl").read_text()
+    written = "".join((tmp_path / name).read_text() for name in ("win_rate.json", JUDGED))
     assert KEY not in out + err + written
-    assert json.loads(output.read_text())["win_rate"]["unreadable_verdicts"] == 0
+    assert read(tmp_path)["win_rate"]["unreadable_verdicts"] == 0
 
     code, out, err = script(tmp_path / "nowhere")
     assert (code, out) == (2, "")

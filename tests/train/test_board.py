@@ -7,7 +7,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from dpo.train.board import LAYOUT, RESULTS, _cell
+from dpo.metrics import CATALOGUE
+from dpo.train.board import RESULTS, _cell
 from tests.train.runs import config, metrics, run
 
 
@@ -16,12 +17,18 @@ def board(tmp_path_factory):
     """A run of two steps, evaluated before and after, and its events."""
     flags = ["--data.eval_fraction", 0.4, "--train.eval_prompts", 3, "--train.max_steps", 2]
     flags += ["--train.eval_max_new_tokens", 6, "--train.report_to", "tensorboard"]
-    flags += ["--train.eval_exact_match", "true"]
+    flags += ["--train.eval_exact_match", "true", "--train.peak_tflops", 1]
     folder = run(config(tmp_path_factory.mktemp("board"), *flags))
     (events,) = folder.rglob("events.out.tfevents*")  # one file: no second run of settings
     reader = EventAccumulator(str(events.parent), size_guidance={"tensors": 0, "histograms": 0})
     reader.Reload()
     return folder, reader
+
+
+def test_a_run_logs_every_metric_of_the_catalogue_and_no_other(board):
+    folder, _ = board
+    logged = {name for line in metrics(folder) for name in line} - {"step"}
+    assert logged == {f"{way}/{name}" for name, each in CATALOGUE.items() for way in each.logged}
 
 
 def test_every_metric_of_the_log_is_a_scalar_with_the_same_values(board):
@@ -33,20 +40,27 @@ def test_every_metric_of_the_log_is_a_scalar_with_the_same_values(board):
                 assert found[line["step"]] == pytest.approx(value, rel=1e-6), name
 
 
-def test_the_custom_layout_puts_chosen_and_rejected_on_one_chart(board):
-    _, reader = board
+def charts(reader):
+    """Title of each custom chart: its scalars."""
     (event,) = reader.Tensors("custom_scalars__config__")
     layout = Layout.FromString(event.tensor_proto.string_val[0])
-    charts = [set(chart.multiline.tag) for group in layout.category for chart in group.chart]
-    assert {"train/rewards/chosen", "train/rewards/rejected"} in charts
-    assert {"eval/logps/chosen", "eval/logps/rejected"} in charts
+    return {
+        chart.title: list(chart.multiline.tag) for group in layout.category for chart in group.chart
+    }
 
 
-def test_the_layout_names_no_scalar_that_a_run_does_not_log(board):
-    folder, _ = board
+def test_chosen_and_rejected_and_training_and_held_out_share_a_chart(board):
+    _, reader = board
+    assert charts(reader)["Loss"] == ["train/loss", "eval/loss"]
+    assert charts(reader)["Rewards"] == [
+        f"{split}/rewards/{side}" for side in ("chosen", "rejected") for split in ("train", "eval")
+    ]
+
+
+def test_the_charts_name_no_scalar_that_a_run_does_not_log(board):
+    folder, reader = board
     logged = {name for line in metrics(folder) for name in line}
-    named = {tag for charts in LAYOUT.values() for tags in charts.values() for tag in tags}
-    assert named | set(RESULTS) <= logged
+    assert {name for names in charts(reader).values() for name in names} | set(RESULTS) <= logged
 
 
 def test_settings_are_flat_and_their_results_are_the_runs_own_scalars(board):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpo.plan.flops import costs, work
-from dpo.train.throughput import Stopwatch, Window
+from dpo.train.throughput import LoggingInterval, Stopwatch
 from dpo.train.trainer import Run
 from tests.train.runs import config, forget_accelerate, metrics, run
 
@@ -30,7 +30,7 @@ def test_figures_of_a_window_are_its_counts_over_its_seconds(monkeypatch):
     the data: 8 pairs, 500 tokens and 1.5 TFLOP a second, half of a peak of 3."""
     clock = iter([100.0, 101.0, 104.0])
     monkeypatch.setattr("dpo.train.throughput.time.perf_counter", lambda: next(clock))
-    window = Window(Stopwatch(CPU), peak_tflops=3.0, _last=100.0)
+    window = LoggingInterval(Stopwatch(CPU), peak_tflops=3.0, _last=100.0)
     next(clock)
     for _ in range(2):
         window.flops += 3e12
@@ -48,7 +48,7 @@ def test_figures_of_a_window_are_its_counts_over_its_seconds(monkeypatch):
 
 
 def test_without_a_known_peak_there_is_no_mfu():
-    window = Window(Stopwatch(CPU))
+    window = LoggingInterval(Stopwatch(CPU))
     window.add(1, 1)
     assert "mfu" not in window.pop()
 
@@ -83,7 +83,7 @@ def test_the_flops_of_a_step_are_those_of_its_pairs_and_the_cached_reference_cos
             costs(made.models.policy.model).flops(work(s.segments, len(s.targets), "shared"))
             for s in seen
         ]
-        totals.append((made.window.flops, by_part))
+        totals.append((made.interval.flops, by_part))
     (computed, parts), (found, _) = totals
     assert computed == pytest.approx(sum(part.total for part in parts))
     assert found == pytest.approx(sum(part.total - part.reference for part in parts))

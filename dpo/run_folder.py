@@ -1,0 +1,99 @@
+"""The run folder: what its files are called, and how they are read and appended.
+
+Training writes it, and everything afterwards reads it. No other module spells these names.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo.errors import UserError
+
+# Written at the start.
+CONFIG = "config.yaml"  # every key; a checkpoint has its own
+DATA_REPORT = "data_report.json"  # rows read, kept, dropped and cut
+HEADER = "header.txt"
+# Appended during training, one JSON object a line, each with its step.
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"  # greedy answers to held-out prompts
+HELD_OUT = "held_out.jsonl"  # log-probs of every held-out pair
+LOGS = (METRICS, SAMPLES, HELD_OUT)
+# Weights, with their tokenizer; checkpoints as well, see `checkpoint_name`.
+BEST = "best"
+BEST_METRIC = "metric.json"  # in it: the step, and the metric that was best there
+FINAL = "final"
+MERGED = "merged"
+# Written at the end.
+TOKEN_REWARDS = "token_rewards.json"
+SUMMARY = "summary.json"  # held-out metrics before and after: the run is finished
+REPORT = "report.html"
+# Written by scripts/evaluate.py: a file for each part that it measures.
+MEASURED = {"held_out": "held_out.json", "win_rate": "win_rate.json", "lm_eval": "lm_eval.json"}
+JUDGED = "judged.jsonl"  # the answers behind the win rate
+
+Line = dict[str, Any]
+
+_CHECKPOINT = "checkpoint-"
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of the checkpoint after a step."""
+    return f"{_CHECKPOINT}{step}"
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """The step of a checkpoint's folder; None for another folder."""
+    number = folder.name.removeprefix(_CHECKPOINT)
+    return int(number) if number.isdigit() and number != folder.name else None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    steps = ((checkpoint_step(path), path) for path in folder.glob(f"{_CHECKPOINT}*"))
+    return [path for _, path in sorted((step, path) for step, path in steps if step is not None)]
+
+
+def append_lines(file: Path, lines: Iterable[Line]) -> None:
+    """Appends every line as JSON."""
+    with file.open("a") as log:
+        log.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def read_lines(file: Path, *, ends: bool = False) -> list[Line]:
+    """All lines, or the first and the last; a last line that was cut off in writing is left out."""
+    # splitlines() would also split at U+2028, which a text may contain.
+    lines = list(enumerate(read_text(file).split("\n")[:-1], start=1))
+    lines = [*lines[:1], *lines[-1:]] if ends else lines
+    return [_parse(line, f"{file}, line {number}", {}) for number, line in lines]
+
+
+def read_whole(file: Path, missing: Any, read: Callable[[str], Any] = json.loads) -> Any:
+    """What a file holds, which must be of the type of `missing`; `missing` if there is no file."""
+    return _parse(read_text(file), str(file), missing, read) if file.exists() else missing
+
+
+def read_text(file: Path) -> str:
+    """The text of a file, "" if there is none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return file.read_text("utf-8") if file.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}. Restore it, or move it away.") from None
+
+
+def _parse(text: str, where: str, like: Any, read: Callable[[str], Any] = json.loads) -> Any:
+    """What `text` holds, which must be of the type of `like`."""
+    try:
+        value = read(text)
+        if isinstance(value, type(like)):
+            return value
+        problem = f"got a {type(value).__name__}, wanted a {type(like).__name__}"
+    except (ValueError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())
+    raise UserError(f"{where} is broken: {problem}. Restore it, or move the file away.")
