@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "scripts/train.py") -> 
     import jsonargparse
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    # No abbreviations: --optim.lr would mean lr_scheduler_type.
-    parser: Any = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(Config, None)
+    parser = _parser(prog)
     has_config = any(arg == "--config" or arg.startswith("--config=") for arg in argv)
     if not has_config:
         argv = ["--config", str(QUICKSTART), *argv]
@@ -61,6 +58,19 @@ def parse(argv: Sequence[str] | None = None, prog: str = "scripts/train.py") -> 
     config = Config(**{section.name: sections[section.name] for section in fields(Config)})
     config.check()
     return config
+
+
+@cache
+def _parser(prog: str) -> Any:
+    """Made once: it reads the sentence of every key from the source of the classes."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # No abbreviations: --optim.lr would mean lr_scheduler_type.
+    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Config, None)
+    return parser
 
 
 def _check_shape(namespace: Any) -> None:
