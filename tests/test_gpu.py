@@ -16,7 +16,7 @@ from dpo.logps import token_logps
 from dpo.model.lean import make_lean
 from dpo.model.load import load_policy, load_tokenizer
 from dpo.model.scorer import Scorer
-from dpo.train.trainer import Run
+from dpo.train.step import TrainStep
 from tests.after.made_runs import made_run
 from tests.after.test_merge import merged
 from tests.model.test_load import config as load_config
@@ -153,15 +153,15 @@ def test_a_killed_run_goes_on_bit_for_bit(device, tmp_path, monkeypatch, quantiz
     flags += ["--lora.dropout", 0.2, "--train.max_steps", 4, "--train.save_steps", 2]
     straight = run(config(tmp_path, *flags, "--train.output_dir", tmp_path / "straight"))
     settings = config(tmp_path, *flags, "--train.output_dir", tmp_path / "killed")
-    train_step = Run.train_step
+    take = TrainStep.__call__
 
     def killed(self, step):
         if step == 4:
             raise KeyboardInterrupt
-        train_step(self, step)
+        take(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "train_step", killed)
+        patch.setattr(TrainStep, "__call__", killed)
         with pytest.raises(KeyboardInterrupt):
             run(settings)
     resumed = run(settings)

@@ -3,24 +3,25 @@
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from dpo.data.stream import build_stream
 from dpo.errors import UserError
 from dpo.evaluate.samples import _uncompiled
 from dpo.model import load
 from dpo.model.lean import make_lean
-from dpo.model.load import compile_layers
+from dpo.model.load import Policy, compile_layers
+from dpo.model.models import Models
+from dpo.model.reference import Reference, Zero
 from dpo.model.scorer import Scorer
-from dpo.train.selfcheck import _check_compiled
-from tests.model.test_load import config as load_config
+from dpo.train.selfcheck import check_compiled
 from tests.model.test_scorer import PAIRS, gradients
 from tests.models import tiny, with_lora
+from tests.train.runs import forget_accelerate
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler (g++)")
 
@@ -66,13 +67,12 @@ def compare(device):
             input_ids=torch.tensor([[1, 5, 9]], device=device), max_new_tokens=6
         )
     assert counters["stats"]["unique_graphs"] == graphs[-1]  # nor for an answer's
-    made = SimpleNamespace(
-        scorer=scorer.eval(),
-        policy=SimpleNamespace(model=model),
-        accelerator=SimpleNamespace(no_sync=lambda module: nullcontext()),
-        config=load_config(),
+    models = Models(
+        Policy(model), scorer.eval(), Reference("zero", Zero()), "shared", "", is_rounded=False
     )
-    _check_compiled(made, build_stream(PAIRS).to(device))  # what the trainer asks before step 1
+    forget_accelerate()
+    # What the trainer asks before step 1.
+    check_compiled(models, build_stream(PAIRS).to(device), Accelerator(cpu=device == "cpu"))
 
 
 def test_where_nothing_can_be_compiled_it_is_said(monkeypatch):

@@ -3,8 +3,6 @@
 import html
 import json
 import re
-import subprocess
-import sys
 import time
 from collections import Counter
 from html.parser import HTMLParser
@@ -22,6 +20,7 @@ from dpo.report.evaluation_tables import evaluation_tables
 from dpo.report.length_bias import length_bias, length_rows
 from dpo.report.logs import read_logs
 from dpo.report.page import write_comparison, write_report
+from tests.commands import as_process, called
 from tests.report.fake_run import FILES, STEPS, fake_run, jsonl, training_line
 
 ROOT = Path(__file__).parents[2]
@@ -483,25 +482,19 @@ def test_a_page_that_cannot_be_written_is_a_user_error(output, folder):
         write_report(folder, Path(output))
 
 
-def script(*arguments):
-    command = [sys.executable, ROOT / "scripts" / "report.py", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_the_script_writes_one_run_or_a_comparison(tmp_path):
     for name in ("a", "b"):
         fake_run(tmp_path / name)
-    code, out, err = script(tmp_path / "a")
+    code, out, err = as_process("report.py", tmp_path / "a")
     assert (code, err) == (0, "")
     assert out == f"The report is in {tmp_path / 'a' / 'report.html'}\n"
-    code, out, err = script(tmp_path / "a", tmp_path / "b")
+    code, out, err = called("report.py", tmp_path / "a", tmp_path / "b")
     assert (code, err) == (0, "")
     assert "2 runs compared" in (tmp_path / "comparison.html").read_text()
 
 
 def test_the_script_refuses_a_folder_without_a_run_in_one_message(tmp_path):
-    code, _, err = script(tmp_path)
+    code, _, err = called("report.py", tmp_path)
     assert code == 2
     assert "no metrics.jsonl" in err
     assert "Traceback" not in err

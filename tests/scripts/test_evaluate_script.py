@@ -1,10 +1,8 @@
 """scripts/evaluate.py, and the whole evaluation behind it, on runs of the trainer."""
 
 import json
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from dpo.errors import UserError
 from dpo.evaluate.samples import generate
 from dpo.run_folder import JUDGED, MEASURED
 from tests.after.test_judges import KEY, prefers_right, server
+from tests.commands import as_process, called
 from tests.oracle import answer_logps
 from tests.scripts.test_scripts import ultrafeedback_file
 from tests.train.runs import config, metrics, rows_file, run
@@ -306,22 +305,11 @@ def test_what_cannot_be_honoured_is_a_user_error(lora, options, said, monkeypatc
     assert said in str(error.value)
 
 
-def script(*arguments, **environment):
-    """Exit code, stdout and stderr of the script."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "evaluate.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
 @pytest.mark.slow
 def test_from_the_command_line_with_a_judge_behind_a_url(lora, tmp_path):
     with server(prefers_right) as (url, requests):
         judge = ["--judge", url, "--judge_model", "judge-1", "--prompts", 4, "--output", tmp_path]
-        code, out, err = script(lora, *judge, OPENAI_API_KEY=KEY)
+        code, out, err = as_process("evaluate.py", lora, *judge, OPENAI_API_KEY=KEY)
         assert code == 0, err
         assert len(requests) == 8
     assert f"4 prompts, judge {url}" in out
@@ -330,7 +318,7 @@ def test_from_the_command_line_with_a_judge_behind_a_url(lora, tmp_path):
     assert KEY not in out + err + written
     assert read(tmp_path)["win_rate"]["unreadable_verdicts"] == 0
 
-    code, out, err = script(tmp_path / "nowhere")
+    code, out, err = called("evaluate.py", tmp_path / "nowhere")
     assert (code, out) == (2, "")
     assert "holds no finished run" in err
     assert "Traceback" not in err

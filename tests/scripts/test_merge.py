@@ -10,6 +10,7 @@ import pytest
 
 from tests.after.hub import TOKEN, running_hub
 from tests.after.made_runs import made_run
+from tests.commands import called
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "merge.py"
 # The same, but that the adapter is lost on the way.
@@ -78,25 +79,31 @@ def test_what_fails_its_verification_is_neither_written_nor_pushed(tmp_path):
         (["no/such/run"], "no/such/run holds no finished run"),
         (["RUN", "--output", "RUN/final"], "final exists, and nothing is overwritten"),
         (["RUN", "--dtype", "int4"], "--dtype: invalid choice: 'int4'"),
-        (["RUN", "--push_to_hub", "me/model"], "there is no token for the hub"),
     ],
     ids=str,
 )
-@pytest.mark.slow
 def test_a_user_error_is_one_message_and_exit_code_2(tmp_path, arguments, said):
     run = made_run(tmp_path)
     arguments = [text.replace("RUN", str(run)) for text in arguments]
-    code, _, err = merge(*arguments, HF_HOME=str(tmp_path))
-    assert code == 2
+    code, out, err = called("merge.py", *arguments)
+    assert (code, out) == (2, "")
     assert said in err
-    assert "Traceback" not in err
     assert not (run / "merged").exists()
 
 
 @pytest.mark.slow
+def test_without_a_token_nothing_is_merged_to_be_pushed(tmp_path):
+    run = made_run(tmp_path)
+    code, _, err = merge(run, "--push_to_hub", "me/model", HF_HOME=str(tmp_path))
+    assert code == 2
+    assert "there is no token for the hub" in err
+    assert "Traceback" not in err
+    assert not (run / "merged").exists()
+
+
 def test_a_dora_run_is_merged(tmp_path):
     run = made_run(tmp_path, "--lora.use_dora", "true", "--lora.use_rslora", "true", std=0.1)
-    code, _, err = merge(run, "--pairs", 8, "--dtype", "bfloat16")
+    code, _, err = called("merge.py", run, "--pairs", 8, "--dtype", "bfloat16")
     assert code == 0, err
     error = json.loads((run / "merged" / "merge.json").read_text())["errors_nats"]["read back"]
     assert error["mean"] < 0.02

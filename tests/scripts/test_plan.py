@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import as_process
 from tests.models import tiny
-from tests.scripts.test_scripts import script
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "scripts" / "configs" / "neuralhermes.yaml"
@@ -21,7 +21,7 @@ def folder(tmp_path):
 
 def test_a_recipe_is_planned_from_config_json_alone(folder):
     flags = ["--config", RECIPE, "--model.name_or_path", folder]
-    code, out, err = script("plan.py", "--gpu", "a100-80", "--lengths", "50,20,30", *flags)
+    code, out, err = as_process("plan.py", "--gpu", "a100-80", "--lengths", "50,20,30", *flags)
     assert (code, err) == (0, "")
     heads = ("tokens of a pair, as given", "memory", "FLOPs", "disk")
     tables = [table.splitlines()[0] for table in out.strip().split("\n\n")]

@@ -1,10 +1,7 @@
 """Scripts and recipes as a user runs them."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,22 +13,12 @@ from dpo.data.stream import build_stream
 from dpo.logps import pair_logps
 from dpo.losses import sigmoid
 from dpo.model.scorer import Scorer
+from tests.commands import as_process, called
 from tests.models import QUICKSTART_MODEL
 from tests.train.runs import QUIET, metrics, rows_file, run
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
-
-
-def script(name, *arguments):
-    """Exit code, stdout and stderr of a script."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / name, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 def ultrafeedback_file(folder, count):
@@ -94,7 +81,7 @@ def test_the_article_recipe_is_the_dataclass_defaults():
 def test_train_and_generate_from_the_command_line(tmp_path):
     data = rows_file(tmp_path, 20)
     where = ["--data.name_or_path", data, "--train.output_dir", tmp_path / "run"]
-    code, out, err = script("train.py", *where, *QUIET, "--train.max_steps", 2)
+    code, out, err = as_process("train.py", *where, *QUIET, "--train.max_steps", 2)
     assert code == 0, err
     assert "reference: adapter; layout: shared" in err
     assert "20 of 20 rows kept" in err
@@ -102,7 +89,7 @@ def test_train_and_generate_from_the_command_line(tmp_path):
     assert f"The trained model is in {tmp_path / 'run' / 'final'}" in out
 
     arguments = [tmp_path / "run", "Which number is larger, 7 or 9?", "--max_new_tokens", 5]
-    code, out, err = script("generate.py", *arguments)
+    code, out, err = called("generate.py", *arguments)
     assert code == 0, err
     assert out.count("  base: ") == out.count("  policy: ") == 1
 
@@ -116,16 +103,23 @@ def test_train_and_generate_from_the_command_line(tmp_path):
     ],
 )
 def test_a_user_error_is_one_message_and_exit_code_2(flags, said, tmp_path):
-    code, _, err = script("train.py", *flags, "--train.output_dir", tmp_path / "run")
+    code, _, err = called("train.py", *flags, "--train.output_dir", tmp_path / "run")
     assert code == 2
     assert said in err
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 
+def test_a_process_that_met_a_user_error_exits_with_2_and_one_message(tmp_path):
+    code, out, err = as_process("train.py", "--train.max_steps", 0)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: train.max_steps: got 0, wanted a positive number")
+    assert err.count("\n") == 1
+
+
 def test_preview_marks_what_is_scored(tmp_path):
     data = rows_file(tmp_path, 5)
-    code, out, err = script("preview.py", "--rows", 1, "--data.name_or_path", data)
+    code, out, err = called("preview.py", "--rows", 1, "--data.name_or_path", data)
     assert code == 0, err
     row = json.loads(data.read_text().splitlines()[0])
     assert f"[user] {row['question']}" in out
