@@ -10,6 +10,6 @@ Read in this order: `data.formats`, `data.chat`, `data.stream` (rows to a stream
 `model.scorer`, `model.reference` (a stream to hidden states, under both models); `logps` (states to
 log-probs of tokens, then of pairs); `losses`, `metrics` (pairs to a loss); `train.step`,
 `train.trainer` (a loss to a step, and to a run). Beside them: `config`, `cli`, `run_folder`; `plan`
-(what a run will take), `evaluate` (what is looked at during one), `report` (its page), `after`
-(merge, generate, evaluate, push).
+(what a run will take), `evaluate` (the held-out evaluation during one), `report` (its page),
+`after` (merge, generate, evaluate, push).
 """

@@ -22,7 +22,7 @@ from dpo.config import PACKAGE, Config, DataSource, refusal, refuse
 from dpo.errors import UserError
 
 QUICKSTART = PACKAGE / "quickstart" / "config.yaml"
-# Said by libraries about themselves; nothing that a user could act on.
+# Warnings of libraries about themselves, which give a user nothing to do.
 _KNOWN_WARNINGS = (
     "`is_gradient_checkpointing` is deprecated",  # peft 0.21 reads what transformers 5.23 renamed
     "Paged optimizers are not supported on CPU",  # the run header says so
@@ -62,7 +62,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "scripts/train.py") -> 
 
 @cache
 def _parser(prog: str) -> Any:
-    """Made once: it reads the sentence of every key from the source of the classes."""
+    """Built once: it reads the sentence of every key from the source of the classes."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -74,7 +74,7 @@ def _parser(prog: str) -> Any:
 
 
 def _check_shape(namespace: Any) -> None:
-    """What the parser lets through: a section that is no section, a null where none is meant."""
+    """Refuses what the parser lets through: a section without keys, a null where none may be."""
     for section in fields(Config):
         given = namespace[section.name]
         if not hasattr(given, "__dict__"):
@@ -85,7 +85,7 @@ def _check_shape(namespace: Any) -> None:
 
 
 def known_keys() -> list[str]:
-    """Every `section.key`."""
+    """The name of every key: `section.key`."""
     return [
         f"{section.name}.{key.name}"
         for section in fields(Config)
@@ -104,8 +104,8 @@ def _explain(message: str) -> str:
         wrong_key = f" Unknown key {name}." if name else ""
         return (
             "data.name_or_path: wanted a hub id, a file or a folder, or a list of sources, "
-            f"{{path: ID_OR_FILE}} each, with these keys: {', '.join(keys)} (only path must be "
-            f"there).{wrong_key}"
+            f"{{path: ID_OR_FILE}} each, with these keys: {', '.join(keys)} (only path is "
+            f"required).{wrong_key}"
         )
     key = re.match(r'Parser key "([\w.]+)":', message)
     given = re.search(r"(?:Got|Given) value: (.*)", message)
@@ -132,7 +132,7 @@ def save(config: Config, path: Path) -> None:
 def run_script(main: Callable[[], object], stopped: str = "stopped") -> None:
     """Runs a script: a user's mistake becomes one message and exit code 2, without a traceback.
 
-    `stopped` is what Ctrl-C says.
+    `stopped`: the message after Ctrl-C.
     """
     for known in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=known)

@@ -1,4 +1,4 @@
-"""The configuration: one dataclass a section, one sentence a field, checked before weights load.
+"""The configuration: a dataclass per section, a sentence per field, checked before weights load.
 
 The defaults are those of the NeuralHermes article. `dpo.cli` reads files and flags.
 """
@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent
 
 
 def _located(name: str) -> str:
-    """`quickstart/...` names what ships with the package; any other path or id is kept."""
+    """Resolves `quickstart/...` to what ships with the package; any other path or id is kept."""
     if name.startswith("quickstart/") and not Path(name).exists():
         return str(PACKAGE / name)
     return name
@@ -35,7 +35,7 @@ class ModelConfig:
     quantization: Literal["none", "nf4", "fp4", "int8"] = "fp4"
     """How bitsandbytes stores the frozen base; fp4 is what load_in_4bit alone means."""
     dequantize_base: bool | Literal["auto"] = "auto"
-    """Train on a 4-bit base made plain once: the same numbers, faster; auto: if memory allows."""
+    """Dequantise a 4-bit base once, before training: same numbers, faster; auto: if it fits."""
     adapter: Literal["lora", "none"] = "lora"
     """lora trains an adapter, none trains every weight."""
     attention: Literal["auto", "shared", "padded"] = "auto"
@@ -43,13 +43,13 @@ class ModelConfig:
     lean_layers: bool = True
     """Keep less of each layer for the backward, where its kind is known (dpo.model.lean)."""
     compile: bool = False
-    """torch.compile what lies between products and attention, layer by layer; needs a compiler."""
+    """torch.compile each layer's operations between products and attention; needs a compiler."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
     @property
     def path(self) -> str:
-        """Hub id or folder, where it is."""
+        """`name_or_path`, with `quickstart/...` resolved."""
         return _located(self.name_or_path)
 
 
@@ -70,7 +70,7 @@ class LoraConfig:
     use_rslora: bool = False
     """Scale by alpha / sqrt(r)."""
     use_dora: bool = False
-    """Train magnitudes and directions apart."""
+    """Train magnitudes and directions separately (DoRA)."""
 
 
 @dataclass(kw_only=True)
@@ -88,7 +88,7 @@ class DataSource:
 
     @property
     def location(self) -> str:
-        """Hub id, file or folder, where it is."""
+        """`path`, with `quickstart/...` resolved."""
         return _located(self.path)
 
 
@@ -109,7 +109,7 @@ class DataConfig:
     eval_fraction: float = 0.0
     """Share of the prompts that is held out for evaluation; 0 evaluates nothing."""
     eval_path: str | None = None
-    """Held-out pairs of their own, instead of eval_fraction."""
+    """Hub id, file or folder of held-out pairs, instead of eval_fraction."""
     eval_split: str = "train"
     """Split of eval_path."""
     max_prompt_length: int = 1024
@@ -123,7 +123,7 @@ class DataConfig:
 
     @property
     def eval_source(self) -> DataSource | None:
-        """What `eval_path` names, if it does."""
+        """The source that `eval_path` names, if it is set."""
         if not self.eval_path:
             return None
         return DataSource(path=self.eval_path, format=self.format, split=self.eval_split)
@@ -142,7 +142,7 @@ class LossConfig:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for the loss function: those that it has."""
+        """The settings that the loss function takes, as keyword arguments."""
         accepted = inspect.signature(LOSSES[self.type]).parameters
         return {key: value for key, value in asdict(self).items() if key in accepted}
 
@@ -152,7 +152,7 @@ class ReferenceConfig:
     """What the policy is compared with: itself, as it was at step 0."""
 
     mode: Literal["auto", "adapter", "frozen", "zero"] = "auto"
-    """adapter: the base under the adapter; frozen: a copy; zero: no reference; auto: what fits."""
+    """adapter: the base under it; frozen: a copy; zero: none; auto: adapter if there is one."""
     cache: str = "auto"
     """Where its log-probs are kept from run to run: auto (beside the tokens), off, or a folder."""
 
@@ -184,7 +184,7 @@ class TrainConfig:
     output_dir: str = "runs/dpo"
     """Run folder."""
     per_device_train_batch_size: int = 4
-    """Pairs of a step: times gradient_accumulation_steps, times the number of devices."""
+    """Pairs of a step, once multiplied by gradient_accumulation_steps and the number of devices."""
     gradient_accumulation_steps: int = 4
     """See per_device_train_batch_size: only the product matters."""
     max_steps: int = 200
@@ -196,15 +196,15 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward: less memory, a third more work."""
     peak_tflops: float | None = None
-    """Dense TFLOP/s of one device, which train/mfu is a share of; null: known for common GPUs."""
+    """Peak dense TFLOP/s of one device, for train/mfu; null: looked up for common GPUs."""
     seed: int = 42
     """Seed of the order of the pairs, of the adapter and of dropout."""
     deterministic: bool = False
     """Give every sum one order on a GPU, so that the same steps have the same bits; slower."""
     logging_steps: int = 1
-    """Log every so many steps, means over them; the first step is always logged alone."""
+    """Log means over this many steps; the first step is always logged alone."""
     eval_steps: int = 0
-    """Evaluate every so many steps; 0: only before and after."""
+    """Steps between evaluations; 0: only before and after training."""
     eval_prompts: int = 0
     """How many held-out prompts the policy answers at each evaluation, for eval/kl and samples."""
     eval_max_new_tokens: int = 128
@@ -212,13 +212,13 @@ class TrainConfig:
     eval_exact_match: bool = False
     """The chosen answer is the only right one: also log how often a greedy answer equals it."""
     save_steps: int = 0
-    """Write checkpoint-N every so many steps; 0: only final/."""
+    """Steps between checkpoints; 0: only final/ is written."""
     save_total_limit: int = 2
-    """How many checkpoints are kept; the oldest go."""
+    """How many checkpoints are kept; the oldest are deleted."""
     metric_for_best_model: str | None = None
     """Name of an eval/ metric: the adapter with its best value is kept in best/."""
     resume: str = "auto"
-    """auto: go on where the folder's run stopped; never: put an old run aside; or a checkpoint."""
+    """auto: continue the run in the folder; never: put an old run aside; or a checkpoint."""
     report_to: str | list[str] = "tensorboard"
     """Trackers that Accelerate knows (tensorboard, wandb, ...), or none."""
     write_report: bool = True
@@ -373,12 +373,12 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def refusal(key: str, got: object, wanted: str) -> str:
-    """What is said of a value that a key cannot have."""
+    """The message about a value that a key cannot have."""
     return f"{key}: got {got!r}, wanted {wanted}. Change it in the config or by --{key}."
 
 
 def refuse(key: str, got: object, wanted: str) -> NoReturn:
-    """Raises it as a UserError."""
+    """Raises `refusal` as a UserError."""
     raise UserError(refusal(key, got, wanted))
 
 

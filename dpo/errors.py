@@ -1,5 +1,5 @@
-"""What a user is told without a traceback."""
+"""The error that a user sees as one message, without a traceback."""
 
 
 class UserError(ValueError):
-    """A mistake of the user's. Its message says where, what it got and wanted, and what to do."""
+    """A user's mistake. Its message says where, what was given and wanted, and what to do."""

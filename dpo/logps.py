@@ -3,10 +3,10 @@
 A head over 12,000 scored tokens and a vocabulary of 152,000 would need 7 GiB for its fp32 logits
 and as much again for each copy that a softmax and its backward keep. Here the rows are walked in
 tiles. With a frozen head (LoRA), the forward turns each tile of logits into J = d logp / d hidden
-at once and forgets it: the backward is one multiplication, g x J. Two matrix products instead of
-three, no recompute, and any loss may follow. DPO needs this: a pair's gradient is known only when
-all tokens of both answers are summed, so the loss cannot run inside the tile. When the head itself
-trains, the tiles are computed again in the backward.
+at once and drops it: the backward is one multiplication, g x J. That is two matrix products and
+not three, without recomputation, and any loss may follow. DPO needs this: a pair's gradient is
+known only when all tokens of both answers are summed, so the loss cannot run inside the tile. If
+the head itself trains, the tiles are computed again in the backward.
 
 That logits need not exist is due to Liger (Hsu et al. 2024, arXiv:2410.10989), which computes the
 loss inside the tile, and Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009), which computes
@@ -42,8 +42,8 @@ def token_logps(
 
     logits = cap(logit_scale x (hidden @ weight.T + bias)), cap(z) = softcap x tanh(z / softcap).
     The result is fp32 (float64 for float64 input) whatever the input's dtype; logits are
-    accumulated in that dtype. Differentiable in `hidden`, `weight` and `bias`. `tile_bytes` of
-    logits are alive at once, TILE_BYTES unless told: the same numbers, and slower when it is small.
+    accumulated in that dtype. Differentiable in `hidden`, `weight` and `bias`. At most `tile_bytes`
+    of logits are alive at once (default: TILE_BYTES); a small tile gives the same numbers, slower.
     """
     trains = (weight.requires_grad or (bias is not None and bias.requires_grad)) and (
         torch.is_grad_enabled()
@@ -65,7 +65,7 @@ def sequence_logps(
     The order of the sum is fixed. Otherwise policy and reference would not tie at step 0.
     """
     zeros = token_logps.new_zeros(num_sequences)
-    if token_logps.is_cuda:  # where index_add adds in any order, and this sorts first
+    if token_logps.is_cuda:  # on a GPU index_add sums in any order; this sorts first
         return zeros.index_put((sequence_ids,), token_logps, accumulate=True)
     return zeros.index_add(0, sequence_ids, token_logps)
 
@@ -76,7 +76,7 @@ def pair_logps(
     sequence_ids: Int[Tensor, " scored"],
     num_pairs: int,
 ) -> PairLogps:
-    """Sums token log-probs under both models to those of whole answers: what every loss takes.
+    """Sums token log-probs under both models over each answer: the input of every loss.
 
     Sequences are chosen_0, rejected_0, chosen_1, ...; lengths count scored tokens. Losses that need
     sums of their own over tokens get them here.
@@ -112,7 +112,7 @@ class FrozenHead(torch.autograd.Function):
                 grad = _grad_logits_(logits, total, targets[rows], slope, scale)
                 jacobian[rows] = grad.to(weight.dtype) @ weight
                 del grad
-            del logits, slope  # or two tiles are alive while the next is made
+            del logits, slope  # otherwise two tiles are alive while the next is made
         if jacobian is not None:
             ctx.save_for_backward(jacobian)
         return logps
@@ -126,7 +126,7 @@ class FrozenHead(torch.autograd.Function):
 
 
 class TrainedHead(torch.autograd.Function):
-    """The head trains too: its gradient needs the upstream one, so compute each tile again."""
+    """The head trains too: its gradient needs the upstream one, so tiles are computed again."""
 
     @staticmethod
     def forward(
@@ -211,7 +211,7 @@ def _matmul_accumulated(hidden: Tensor, weight: Tensor, tile_bytes: int) -> Tens
         return hidden @ weight.T
     if hidden.is_cuda:
         return torch.mm(hidden, weight.T, out_dtype=dtype)
-    # No mixed-precision product on a CPU: upcast the head piece by piece, a tile's worth at a time.
+    # A CPU has no mixed-precision product: upcast the head piece by piece, a tile's worth at once.
     logits = hidden.new_empty(len(hidden), len(weight), dtype=dtype)
     upcast = hidden.to(dtype)
     for columns in _tiles(len(weight), weight.shape[1], tile_bytes):

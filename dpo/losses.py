@@ -1,7 +1,7 @@
 """The losses: the log-probs of pairs in, one loss per pair out.
 
 Axes: `pairs`. Units: nats for log-probs, tokens for lengths. A loss never reduces over pairs: the
-caller sums them and divides once by the number of pairs in the whole step (`train.trainer`).
+caller sums them and divides once by the number of pairs in the whole step (`train.step`).
 The entries of `LOSSES` are called as `LOSSES[type](logps, beta=beta, **its_own_options)`.
 """
 
@@ -66,8 +66,8 @@ def ipo(logps: PairLogps, *, beta: float) -> Float[Tensor, " pairs"]:
 
     loss = (avg_gap - 1 / (2 beta))^2
 
-    with the paper's tau = beta and h = avg_gap, here of *per-token mean* log-ratios: the authors
-    ran it so, because with sums a long answer overshoots the margin before it has learnt anything.
+    with the paper's tau = beta and h = avg_gap, here of *per-token mean* log-ratios, as in the
+    authors' own runs: with sums, a long answer overshoots the margin before it has learnt anything.
 
     Source: Azar et al. 2023, arXiv:2310.12036, eq. 17.
     """
@@ -94,7 +94,7 @@ def implicit_rewards(
 ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
     """Rewards of the chosen and of the rejected answers, (pairs,) each, without gradient.
 
-    reward = beta log [pi(y|x) / pi_ref(y|x)]; what this leaves out, beta log Z(x), is the same for
+    reward = beta log [pi(y|x) / pi_ref(y|x)]; the term left out, beta log Z(x), is the same for
     both answers of a pair. Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 5.
     """
     return beta * logps.chosen_logratios.detach(), beta * logps.rejected_logratios.detach()

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other; with one process, all of it costs nothing."""
+"""What the processes of a run tell each other; with one process, it costs nothing."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def on_main(accelerator: Accelerator, do: Callable[[], T]) -> T:
-    """What `do` returns on the main process, on every process; a user's error reaches them all."""
+    """Runs `do` on the main process; every process gets its result, or its UserError."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:

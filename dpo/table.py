@@ -8,11 +8,11 @@ Cells = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Table:
-    """What the terminal shows with its columns aligned, and the report as a table.
+    """A table that the terminal prints with aligned columns, and the report as HTML.
 
     Attributes:
         rows: cells; the first row is the head, the first column names the others.
-        lead, notes: what stands above and below.
+        lead, notes: the text above and below the table.
         text: instead of rows, a table as another program printed it.
     """
 
@@ -27,7 +27,7 @@ class Table:
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; the first to the left, the others to the right."""
+    """Pads columns to their widest cell; the first is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

@@ -200,7 +200,7 @@ def test_an_abbreviated_config_flag_is_not_read_on_top_of_the_quickstart(written
     ("text", "said"),
     [
         ("  - path: a\n    weigth: 2", "Unknown key weigth"),
-        ("  - weight: 2", "only path must be there"),
+        ("  - weight: 2", "only path is required"),
         ("  - a\n  - b", "path: ID_OR_FILE"),
     ],
     ids=["unknown key", "no path", "bare names"],

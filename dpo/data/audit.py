@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 RowName = int | str  # the row's number, or "source:number" when there are several sources
-MAX_ROWS_NAMED = 1000  # per reason; the count is always whole
+MAX_ROWS_NAMED = 1000  # per reason; the count has no limit
 _TALLIES = ("dropped", "cut", "noted")
 
 
@@ -41,15 +41,15 @@ class Audit:
     noted: dict[str, Tally] = field(default_factory=dict)
 
     def drop(self, reason: str, row: RowName) -> None:
-        """This row is not trained on."""
+        """Counts a row that is not trained on."""
         self.dropped.setdefault(reason, Tally()).add(row)
 
     def shorten(self, what: str, row: RowName) -> None:
-        """This row lost tokens."""
+        """Counts a row that lost tokens."""
         self.cut.setdefault(what, Tally()).add(row)
 
     def note(self, what: str, row: RowName) -> None:
-        """Something about this row was unusual."""
+        """Counts a row about which something is unusual."""
         self.noted.setdefault(what, Tally()).add(row)
 
     def absorb(self, other: "Audit", source: str = "") -> None:

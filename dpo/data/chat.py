@@ -2,13 +2,13 @@
 
 What is scored of an answer, exactly:
   * The scored span begins after the longest common token prefix of the rendered prompt and both
-    rendered full texts. Comparing tokens of whole texts, instead of tokenising prompt and answer
-    apart, is what makes a token that merges across the border come out as the model will see it.
+    rendered full texts. Tokens of whole texts are compared, instead of tokenising prompt and answer
+    separately, so that a token which merges across the border is the one that the model will see.
   * It ends with exactly one turn end: the last control token of the rendered text. What a template
-    writes after it (ChatML: a newline) is dropped. Without any, EOS is appended. The one exception
+    writes after it (ChatML: a newline) is dropped. Without one, EOS is appended. The one exception
     is the EOS with which Phi's templates close a whole conversation, after the turn's own end.
-  * A cut answer ends where it is cut: no turn end is added, it is scored as the prefix it is.
-  * In an answer of several turns the assistant's are scored, each with its turn end.
+  * A cut answer ends where it is cut: no turn end is added, and it is scored as a prefix.
+  * In an answer of several turns only the assistant's are scored, each with its turn end.
 
 A literal control token in a message (`<|im_end|>` in a question about ChatML) is encoded as the
 plain text that it is, so that it cannot end a turn. Ready-made ChatML is the exception.
@@ -36,16 +36,16 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Rows whose prompt reads otherwise once an answer follows are dropped for this reason. Templates
-# that rewrite the thinking do it to every row; then `loader` refuses the whole set.
+# Rows whose prompt renders differently once an answer follows are dropped for this reason. A
+# template that rewrites the thinking differs in every row: `dpo.data.tokens` refuses the source.
 TEMPLATE_DIFFERS = "prompt renders differently before an answer"
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str | None:
     """The Jinja template that `data.chat_template` means.
 
-    None: messages will be refused. With auto that is for a tokenizer without a template and without
-    ChatML's control tokens, which plain text does not need.
+    None refuses messages: for `none`, and for `auto` if the tokenizer has neither a template nor
+    ChatML's control tokens (plain text needs neither).
 
     Raises:
         UserError: ChatML for a tokenizer that does not know its control tokens, or no such file.
@@ -86,7 +86,7 @@ class ChatTokenizer:
     """Turns preferences into `TokenizedPair`s, a batch at a time, and counts what it does.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's.
         template: from `choose_template`.
         limits: longest prompt, and longest prompt plus answer.
         audit: where cuts, drops and oddities are counted.
@@ -110,7 +110,7 @@ class ChatTokenizer:
         self._eos = eos
         added = tokenizer.added_tokens_decoder.items()
         special = {i: token.content for i, token in added if token.special}
-        # Some tokenizers do not mark turn markers as special: what the template writes counts too.
+        # Some tokenizers do not mark turn markers as special, so what the template writes counts.
         written = "\0".join((template or "", *(tokenizer.chat_control_tokens or ())))
         spelt = {i: t.content for i, t in added if t.content.strip() and t.content in written}
         self._control_ids = special.keys() | spelt.keys() | set(tokenizer.all_special_ids)
@@ -137,10 +137,7 @@ class ChatTokenizer:
     def tokenize_prompts(
         self, rows: Sequence[tuple[RowName, Preference]]
     ) -> Iterator[tuple[RowName, str, TokenizedPair]]:
-        """`tokenize`, with the prompt as the model reads it: rows where it is equal ask the same.
-
-        It need not be rendered for that again.
-        """
+        """`tokenize`, with the rendered prompt of each row: equal ones are the same question."""
         rendered = []
         for row, preference in rows:
             try:
@@ -167,7 +164,7 @@ class ChatTokenizer:
     def _prompt_text(self, preference: Preference) -> str:
         if preference.kind == "messages":
             return self._render(preference, [], tokenize=False)
-        # Some files write the BOS that the tokenizer adds, or the EOS that is appended (see below).
+        # Some files write the BOS that the tokenizer adds too; `_texts` removes a written EOS.
         return str(preference.prompt).removeprefix(self._bos_text)
 
     def _texts(self, preference: Preference) -> list[str]:
@@ -186,7 +183,7 @@ class ChatTokenizer:
     ) -> Any:
         """Messages through the template: text, or token ids if `how` says so.
 
-        As a prompt, which asks for the assistant's turn, where there is no answer.
+        Without an answer it is a prompt, which ends by asking for the assistant's turn.
         """
         if self._template is None:
             raise UserError(
@@ -242,7 +239,7 @@ class ChatTokenizer:
             raise RowError(TEMPLATE_DIFFERS, "")
         is_text = preference.kind == "text"
         prompt, *full = [self._bos + ids for ids in encoded] if is_text else encoded
-        border = min(_common_prefix(prompt, ids) for ids in full)
+        border = min(common_prefix(prompt, ids) for ids in full)
         if not border:
             raise RowError("prompt merges into the answer", "no token comes before the border")
         if border < len(prompt):
@@ -251,16 +248,17 @@ class ChatTokenizer:
         for answer, text, ids in zip(
             (preference.chosen, preference.rejected), full_texts, full, strict=True
         ):
-            ended = [*ids, self._eos] if is_text else self._end_turn(ids, border)
+            ended = [*ids, self._eos] if is_text else self.end_turn(ids, border)
             if len(ended) - border < 2:
                 raise RowError("empty answer", "only the turn end is left")
             if preference.kind == "messages" and len(ended) > len(ids):
                 notes.add("turn end appended")
-            sides.append((ended[border:], self._scored(preference, answer, text, ended, border)))
+            marks = self.scored_marks(preference, answer, text, ended, border)
+            sides.append((ended[border:], marks))
         (chosen, chosen_scored), (rejected, rejected_scored) = sides
         return TokenizedPair(prompt[:border], chosen, rejected, chosen_scored, rejected_scored)
 
-    def _end_turn(self, ids: list[int], border: int) -> list[int]:
+    def end_turn(self, ids: list[int], border: int) -> list[int]:
         """Drops what follows the last control token of the answer; appends EOS if there is none."""
         answer = ids[border:]
         end = self._closing_eos(answer) if self._closes_with_eos else 0
@@ -268,31 +266,31 @@ class ChatTokenizer:
         return ids[: border + end] if end else [*ids, self._eos]
 
     def _turn_end(self, ids: list[int]) -> int:
-        """Length up to the last control token; 0 without one, or where text follows it."""
+        """Length up to the last control token; 0 without one, or if text follows it."""
         end = len(ids)
         while end and ids[end - 1] not in self._control_ids:
             end -= 1
         return 0 if self._tokenizer.decode(ids[end:]).strip() else end  # type: ignore[union-attr]
 
     def _closing_eos(self, ids: list[int]) -> int:
-        """Length up to a turn end after which there is only an EOS; 0 if it is not like that."""
+        """Length up to a turn end that only an EOS follows; 0 without one."""
         end = self._turn_end(ids)
         return self._turn_end(ids[: end - 1]) if end and ids[end - 1] == self._eos else 0
 
     def _is_closed_with_eos(self) -> bool:
         r"""Whether the template writes one more EOS after the last turn's end, even after a user's.
 
-        Phi's do: `<|end|>\n<|endoftext|>`. It ends the text; the turn has ended before it.
+        Phi's do: `<|end|>\n<|endoftext|>`. That EOS ends the text; the turn has ended before it.
         """
         try:
             return bool(self._closing_eos(self._render_ids(_asked(), [], is_prompt=False)))
         except RowError:  # the template wants an answer, or a system message
             return False
 
-    def _scored(
+    def scored_marks(
         self, preference: Preference, answer: Any, text: str, ids: list[int], border: int
     ) -> list[bool] | None:
-        """Marks the assistant's turns in an answer of several; None where it is one turn."""
+        """Marks the assistant's tokens in an answer of several turns; None for a single turn."""
         if preference.kind != "messages" or len(answer) == 1:
             return None
         scored = [False] * len(ids)
@@ -302,8 +300,8 @@ class ChatTokenizer:
             asked = self._render(preference, answer[:i], is_prompt=True, tokenize=False)
             before = self._render_ids(preference, answer[:i], is_prompt=True)
             after = self._render_ids(preference, answer[: i + 1], is_prompt=False)
-            start = _common_prefix(before, ids) if i else border
-            after = self._end_turn(after, start)
+            start = common_prefix(before, ids) if i else border
+            after = self.end_turn(after, start)
             if not text.startswith(asked) or ids[: len(after)] != after:
                 raise RowError("turns render differently in context", f"turn {i + 1}")
             scored[start : len(after)] = [True] * (len(after) - start)
@@ -317,7 +315,7 @@ def _asked(*answer: Message) -> Preference:
 
 
 def _chatml_turn(answer: str) -> str:
-    r"""Ready-made answers come with `<|im_end|>\n`, with `<|im_end|>` and without either."""
+    r"""Ends an answer with one `<|im_end|>`; files write `<|im_end|>\n`, `<|im_end|>` or none."""
     turn = _without_end(answer, IM_END)
     if IM_START in turn or IM_END in turn:
         raise RowError("several turns in a ChatML answer", "")
@@ -342,8 +340,9 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    if b[: len(a)] == a:  # nearly always, and compared in C
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix: where an answer begins to differ from its prompt."""
+    if b[: len(a)] == a:  # nearly always true, and the comparison runs in C
         return len(a)
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
@@ -357,5 +356,5 @@ def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase, template: str | Non
     if template:
         chat = ChatTokenizer(tokenizer, template, Limits(1, 2, "truncate"), Audit())
         asked = _asked({"role": "assistant", "content": "b"})
-        stops.add(chat._end_turn(chat._render_ids(asked, asked.chosen), 0)[-1])
+        stops.add(chat.end_turn(chat._render_ids(asked, asked.chosen), 0)[-1])
     return sorted(stop for stop in stops if stop is not None)

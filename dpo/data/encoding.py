@@ -1,7 +1,7 @@
 """Texts to token ids. The (Rust) tokenizer takes most of the time, so it is given little to do.
 
-What a row's prompt and two whole texts have in common is encoded once, cut where the tokenizer
-itself cuts: before the prompt's last control token, so that it is nearly all of the prompt.
+The common opening of a row's prompt and two whole texts is encoded once. It ends where the
+tokenizer itself cuts, before the prompt's last control token, so it is nearly all of the prompt.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,11 +14,11 @@ class Encoder:
     """Encodes texts one by one, or the three texts of a row together.
 
     Args:
-        tokenizer: of the model.
-        markers: the control tokens that stand in a rendered text.
+        tokenizer: the model's.
+        markers: the control tokens that a rendered text may hold.
 
     Attributes:
-        dividers: those of the markers before which a text may be cut.
+        dividers: the markers before which a text may be cut.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, markers: Iterable[AddedToken]):
@@ -26,7 +26,7 @@ class Encoder:
         self.dividers = [token.content for token in markers if self._divides(token)]
 
     def encode(self, texts: Sequence[str], **how: Any) -> list[list[int]]:
-        """Token ids of each text, no special tokens around them unless `how` says so."""
+        """Token ids of each text, without special tokens around them unless `how` says so."""
         if not texts:
             return []
         only_ids = {"return_attention_mask": False, "return_token_type_ids": False}
@@ -46,19 +46,19 @@ class Encoder:
             yield [opening + its for its in rest]
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` for many texts: in Rust without offsets, which nobody asks for."""
+        """`encode` for many texts, in Rust and without the offsets that nobody needs."""
         tokenizer = self._tokenizer
         if type(tokenizer)._encode_plus is not PreTrainedTokenizerFast._encode_plus:
             return self.encode(texts)
-        self.encode([""])  # takes back what else the Rust side is set to: truncation, splitting
+        self.encode([""])  # resets the truncation and splitting that the Rust side may be set to
         rust: Any = tokenizer.backend_tokenizer
         return [e.ids for e in rust.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _divides(self, token: AddedToken) -> bool:
         """Whether the tokenizer cuts every text before this token, before it does anything else.
 
-        Then a text's ids are those of what stands before the token and of what begins with it. Not
-        so where another token may reach across, or what begins there looks at what stands before.
+        If so, a text's ids are those of the part before the token, then those of the part from it
+        on. It is not so if another token may reach across, or the second part looks at the first.
         """
         text, known = token.content, self._tokenizer.added_tokens_decoder.values()
         reached = any(text[0] in other.content[1:] for other in known)

@@ -1,7 +1,7 @@
-"""Digests: of files, by content, and of anything that is printed in full.
+"""Digests of files, by content, and of values, by what Python prints of them.
 
 A file in the hub's cache is known by its name there, which is its digest; any other is read, at 2
-GiB/s on two cores. What must be verified and not only recognised is always read: `read_digests`.
+GiB/s on two cores. What must be verified, not just recognised, is always read (`read_digests`).
 """
 
 import hashlib
@@ -15,15 +15,14 @@ _BLOB = re.compile("[0-9a-f]{64}|[0-9a-f]{40}")  # sha256 of a large file, git's
 
 
 def digest(*parts: object) -> str:
-    """sha256 of what Python prints of the parts: whole values, no objects named by address."""
+    """sha256 of the repr of the parts, which must show values and no addresses of objects."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def file_digests(paths: Sequence[Path]) -> list[str]:
-    """A hex digest of each file: another content has another.
+    """A hex digest of each file; different contents have different digests.
 
-    The same content has two where one of its files lies in the hub's cache, which names small files
-    by git's sha1.
+    The same content may have two digests: the hub's cache names small files by git's sha1.
     """
     with ThreadPoolExecutor(MAX_THREADS) as pool:
         return list(pool.map(lambda path: _name_of_blob(path) or _sha256(path), paths))

@@ -34,16 +34,16 @@ SYSTEM_ROLES = ("system", "developer")
 ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-"""What templates read. Other keys are left behind: an id or a time would tell equal turns apart."""
+"""What templates read. Other keys are dropped: an id or a time would make equal turns differ."""
 
 RECOGNISED_ROWS = 100
 """How many rows `recognise` looks at, at most."""
 
 
 class RowError(ValueError):
-    """A well-formed row that cannot be used: `reason` is a stable counter key, `detail` is free.
+    """A well-formed row that cannot be used: `reason` is a stable counter key, `detail` free text.
 
-    Reasons: empty prompt, empty answer, answer does not begin (or end) with the assistant,
+    Reasons here: empty prompt, empty answer, answer does not begin (or end) with the assistant,
     diverging histories, prompt contradicts the messages, not a transcript, not text,
     no ChatML markers, unknown role.
     """
@@ -104,7 +104,7 @@ def recognise(rows: Sequence[RawRow], where: str) -> str:
             columns.setdefault(name, set()).add(_kind(value))
     for kinds in columns.values():
         if len(kinds) > 1:
-            kinds.discard("nothing")  # some rows leave the column out, the others tell what it is
+            kinds.discard("nothing")  # some rows leave the column out; the others show its kind
     matching = [name for name, known in FORMATS.items() if known.matches(columns)]
     if len(matching) == 1:
         return matching[0]
@@ -138,7 +138,7 @@ def to_preference(row: RawRow, format: str, *, where: str = "this row") -> Prefe
 
 
 def _kinds(wish: str) -> set[str]:
-    """What a shape asks of a column -> the kinds of value that satisfy it."""
+    """The kinds of value that satisfy what a shape asks of a column."""
     some_text = {
         "text": {"text", "text with <|im_start|>", "transcript"},
         "text without <|im_start|>": {"text", "transcript"},
@@ -164,7 +164,7 @@ def _kind(value: object) -> str:
 
 
 def _from_orca(row: RawRow) -> Preference:
-    """Intel/orca_dpo_pairs; its raw files call the answers after the models that wrote them."""
+    """Intel/orca_dpo_pairs; its raw files name the answers after the models that wrote them."""
     if not (question := _text(row, "question")).strip():
         raise RowError("empty prompt", "'question' is empty")
     chosen = _answer_text(row, "chosen", "chatgpt")
@@ -198,7 +198,7 @@ def _from_hh_rlhf(row: RawRow) -> Preference:
 
 
 def _from_ultrafeedback(row: RawRow) -> Preference:
-    """`prompt` is text, and the answers are whole conversations or the assistant's turns alone."""
+    """`prompt` is text; the answers are whole conversations or the assistant's turns alone."""
     question = _text(row, "prompt")
     sides = [_answer(_messages(row, name), name) for name in ("chosen", "rejected")]
     for side in sides:
@@ -258,7 +258,7 @@ def _answer(messages: list[Message], name: str) -> list[Message]:
 def _split(
     chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """Take the longest run of equal leading messages as the prompt; an answer keeps one at least.
+    """Take the longest run of equal leading messages as the prompt; an answer keeps at least one.
 
     Whole messages only: cut at a character, two answers that both begin with "I" would lose it.
     """
@@ -272,7 +272,7 @@ def _split(
 def _preference(
     row: RawRow, prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> Preference:
-    """Check the parts, and add what the columns `system` (text) and `tools` of the row may hold."""
+    """Check the parts, and add the row's columns `system` (text) and `tools`, if it has them."""
     system = _text(row, "system") if "system" in row else ""
     if system.strip() and not (prompt and prompt[0]["role"] in SYSTEM_ROLES):
         prompt = [_message("system", system), *prompt]
@@ -302,7 +302,7 @@ def _text(row: RawRow, name: str) -> str:
 
 
 def _answer_text(row: RawRow, *names: str) -> str:
-    """The text of the first of these columns that is there (the last names are raw files' own)."""
+    """The text of the first of these columns that exists; later names are those of raw files."""
     name = next((name for name in names if name in row), names[0])
     if not (answer := _text(row, name)).strip():
         raise RowError("empty answer", f"{name!r} is empty")

@@ -20,13 +20,13 @@ class Limits:
 
     @staticmethod
     def of(data: DataConfig) -> "Limits":
-        """Those that a configuration sets."""
+        """The limits that a configuration sets."""
         return Limits(data.max_prompt_length, data.max_length, data.on_overlong)
 
     def fit(self, pair: TokenizedPair, row: RowName) -> tuple[TokenizedPair, list[str]]:
         """Cuts the prompt from the left and the answers from the right, and says what it cut.
 
-        A cut answer gets no turn end: it is scored as the prefix it is.
+        A cut answer gets no turn end: it is scored as a prefix.
 
         Raises:
             RowError: too long under on_overlong=drop, or the same answer twice.

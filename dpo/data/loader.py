@@ -27,9 +27,9 @@ class Pairs(Sequence[TokenizedPair]):
     """Tokenised pairs of one or more sources, read from their files as they are asked for.
 
     Args:
-        files: by source; the name is what row names begin with, "" where there is one source.
-        places: of each pair among those of all sources, one after the other; without, all of them
-            in order, and nothing is kept for each.
+        files: name and token file of each source; the name is "" if there is only one source.
+        places: index of each pair in the sources laid end to end; None means all of them in order,
+            without an index per pair in memory.
     """
 
     def __init__(
@@ -63,22 +63,22 @@ class Pairs(Sequence[TokenizedPair]):
 
     @property
     def source_of_each(self) -> Int[np.ndarray, " pairs"]:
-        """Which source each pair is of."""
+        """The index of each pair's source."""
         return np.searchsorted(self._starts, self._all_places(), side="right") - 1
 
     def row_name(self, index: int) -> str:
-        """How the audit and error messages call the pair's row."""
+        """The name of the pair's row in the audit and in error messages."""
         name, row = self._row(index)
         return f"{name}:{row['row']}" if name else str(row["row"])
 
     def source_name(self, index: int) -> str:
-        """The name of the pair's source, "" where there is one source."""
+        """The name of the pair's source, "" if there is only one source."""
         name, _, _ = self._find(index)
         return name
 
     @cached_property
     def digest(self) -> str:
-        """Of all token ids and of the order of the pairs: tells data apart."""
+        """Digest of all token ids and of the order of the pairs."""
         parts = [str(len(self)), *(file.digest for _, file in self._files)]
         digest = hashlib.sha256(" ".join(parts).encode())
         if self._places is not None:
@@ -87,22 +87,22 @@ class Pairs(Sequence[TokenizedPair]):
 
     @property
     def longest_in_files(self) -> int:
-        """Tokens that the longest pair of the sources adds to a stream, be it of these or not."""
+        """Tokens that the longest pair of the files adds to a stream, selected here or not."""
         return max(file.longest for _, file in self._files)
 
     def select(self, indices: Int[np.ndarray, " selected"]) -> "Pairs":
-        """These of the pairs, in this order; may repeat."""
+        """The pairs at these indices, in this order; an index may repeat."""
         return Pairs(self._files, self._all_places()[indices])
 
     def prompt_digests(self) -> Int[np.ndarray, " pairs"]:
-        """A number for each pair, equal where prompts are."""
+        """A number for each pair, equal for equal prompts."""
         digests = np.concatenate([file.prompt_digests() for _, file in self._files])
         return digests[self._all_places()]
 
 
 @dataclass(frozen=True)
 class PreferenceData:
-    """What a run trains on and what it is evaluated on, with the report of how they came about."""
+    """What a run trains on and is evaluated on, with a report of what became of the rows."""
 
     train: Pairs
     held_out: Pairs
@@ -196,7 +196,7 @@ def first_pairs(
 def _split(
     pairs: Pairs, weights: Sequence[float], fraction: float, seed: int
 ) -> tuple[Pairs, Pairs]:
-    """What an epoch trains on, and what is held out."""
+    """The pairs that an epoch trains on, and those held out."""
     if not fraction and all(weight == 1 for weight in weights):
         return pairs, pairs.select(np.arange(0))  # every pair once: no list of a million places
     is_held_out = _is_held_out(pairs.prompt_digests(), fraction, seed)

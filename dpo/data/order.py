@@ -1,7 +1,7 @@
 """Which pairs each step sees, and how a step is cut into micro-batches.
 
-The order is a pure function of (seed, epoch, step). No sampler, no iterator and no global random
-state stand behind it, so a resumed run has nothing to replay.
+The order is a pure function of (seed, epoch, step). It needs no sampler, iterator or global random
+state, so a resumed run has nothing to replay.
 """
 
 import heapq
@@ -76,14 +76,14 @@ def _epoch_order(num_pairs: int, seed: int, epoch: int) -> Int[np.ndarray, " pai
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens at this one."""
+    """Whether something done once in `every` steps (0: never) is due at this step."""
     return every > 0 and step % every == 0
 
 
 def micro_batches(num_tokens: Sequence[int], budget: int) -> list[list[int]]:
     """Splits pairs into few bins of at most `budget` tokens each; a longer pair is a bin by itself.
 
-    Returns positions, in bins that are nearly equal; [[]] for no pair, since a rank without pairs
+    Returns positions, in bins of nearly equal size; [[]] for no pairs, since a rank without pairs
     still takes part in the step.
     """
     at_least = math.ceil(sum(min(n, budget) for n in num_tokens) / budget)

@@ -57,7 +57,7 @@ def preview(
             _tokens(tokenizer, ids, marks, paint if colour else ""),
         ]
     lines.append(
-        f"--- {pair.num_stream_tokens} tokens computed; both answers open alike for "
+        f"--- {pair.num_stream_tokens} tokens computed; the answers share their first "
         f"{pair.num_shared_answer_tokens}"
     )
     return "\n".join(lines)

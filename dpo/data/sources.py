@@ -1,7 +1,7 @@
 """Where rows come from: a local file, a saved data set, or the Hugging Face hub.
 
 JSON is read here and not by `datasets`, which turns missing keys into nulls and a NaN into a
-number, and says of a broken line only that "an error occurred": every error below names the file
+number, and reports a broken line only as "an error occurred": every error below names the file
 and the line. JSON lines are streamed, so a file may be larger than memory; a .json list is parsed
 whole. The rest goes through `datasets`, imported where it is needed because that takes a second.
 
@@ -57,7 +57,7 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells contents apart: sha256 of the files, else the fingerprint that `datasets` keeps."""
+        """Identifies the content: sha256 of the files, or the fingerprint that `datasets` keeps."""
         return self.digest()
 
     def where(self, number: int) -> str:
@@ -92,7 +92,7 @@ def open_source(
 def _refuse_options(
     path: str, *, subset: str | None = None, revision: str | None = None, split: str = "train"
 ) -> None:
-    """One local table has no such parts; to ignore the option would be to train on other rows."""
+    """Refuses options that a local table does not have; ignored, they would mean other rows."""
     options = {"subset": subset, "revision": revision, "split": None if split == "train" else split}
     for key, value in options.items():
         if value is not None:
@@ -262,7 +262,7 @@ def _folder(
 
 
 def _digest_of_part(files: list[Path], subset: str | None, split: str) -> str:
-    """The files hold every subset and split of the data set."""
+    """Includes subset and split, since the files hold all those of the data set."""
     return digest(subset, split, file_digests(files))
 
 

@@ -14,7 +14,7 @@ The shift by one between input and target happens here and nowhere else. The las
 prompt is indexed twice: it predicts the first token of both answers. The last token of an answer is
 a target and never an input. Prompt tokens are never targets, and there is no padding.
 
-Where both answers open alike, the common opening is computed once too (it joins the prompt in the
+Where both answers begin alike, the common opening is computed once too (it joins the prompt in the
 *shared* part) and its states are indexed twice; it is still scored for both answers. Causality
 makes this exact: a state depends only on what stands before it, which is the same in both.
 
@@ -52,7 +52,7 @@ class TokenizedPair:
 
     @property
     def num_shared_answer_tokens(self) -> int:
-        """Length of the answers' common opening; never a whole answer, whose end is no input."""
+        """Length of the answers' common opening; an answer's last token, no input, is not in it."""
         longest = min(len(self.chosen_ids), len(self.rejected_ids)) - 1
         pairs = zip(self.chosen_ids[:longest], self.rejected_ids[:longest], strict=True)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), longest)
@@ -121,7 +121,7 @@ class Stream:
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A copy there that the host does not wait for: that takes page-locked memory on its side."""
+    """Copies without making the host wait, which takes page-locked memory on its side."""
     if torch.device(device).type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -169,7 +169,7 @@ def build_stream(
         last_prompt = segment.start + len(prompt) - 1
         own_rejected = segment.start + segment.shared + segment.chosen
         for sequence, answer, scored, states in (
-            # The states before each token of an answer. The chosen ones lie in a row.
+            # The states before each token of an answer. The chosen ones are contiguous.
             (2 * number, chosen, pair.chosen_scored, range(last_prompt, own_rejected)),
             (
                 2 * number + 1,

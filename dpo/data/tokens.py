@@ -1,12 +1,11 @@
-"""Rows to token ids, once: in worker processes, into a file that is named by its content.
+"""Rows to token ids, once: in worker processes, into a folder named by what decides the ids.
 
 Token ids are kept in an Arrow file, in a cache folder named by the digest of everything they depend
-on: contents of the source, tokenizer, template, lengths. Another learning rate finds them there;
-another tokenizer does not.
+on: contents of the source, tokenizer, template, lengths. A run with another learning rate finds
+them there; one with another tokenizer does not.
 
-The file is read a small block at a time and not mapped into memory: around each page that is
-touched the kernel maps its neighbours, and some thousand random pairs make the whole file part of
-the process.
+The file is read a small block at a time and not mapped into memory: the kernel maps the neighbours
+of each page that is touched, so a few thousand random pairs make the whole file resident.
 """
 
 import hashlib
@@ -39,8 +38,8 @@ from dpo.errors import UserError
 
 BATCH_ROWS = 1000  # a worker's task: about a second
 BLOCK_PAIRS = 50  # read at once: 16 microseconds a pair for short ones, 80 for 600 tokens
-MAX_WORKERS = 16  # more than the one process that reads and writes can feed
-MAX_DIFFERING = 0.02  # share of rows that the template may render differently; above, it is refused
+MAX_WORKERS = 16  # the one process that reads and writes cannot feed more
+MAX_DIFFERING = 0.02  # share of rows whose prompt may render differently; above it, all are refused
 _SCHEMA = pa.schema(
     {
         "row": pa.int64(),
@@ -61,7 +60,7 @@ class TokenFile:
         self._blocks = pa.ipc.open_file(pa.OSFile(str(folder / "pairs.arrow")))
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.digest: str = about["digest"]
-        """Of all token ids, however they were batched."""
+        """Digest of all token ids, however they were batched."""
         self.longest: int = about["longest"]
         """Tokens that the longest pair adds to a stream."""
         self.report: dict[str, Any] = about["audit"]
@@ -75,7 +74,7 @@ class TokenFile:
         return self._blocks.get_batch(block).slice(row, 1).to_pylist()[0]
 
     def prompt_digests(self) -> Int[np.ndarray, " pairs"]:
-        """A number for each pair, equal where prompts are."""
+        """A number for each pair, equal for equal prompts."""
         return np.fromfile(self._folder / "prompts.int64", dtype=np.int64)
 
 
@@ -85,7 +84,7 @@ def tokenized(
     """The source's pairs and audit, from the cache or made now.
 
     Raises:
-        UserError: of the first row that cannot be read, or cannot be used as `data` is set.
+        UserError: naming the first row that cannot be read, or that these settings refuse.
     """
     template = choose_template(tokenizer, data.chat_template)
     limits = Limits.of(data)
@@ -119,14 +118,14 @@ def tokenized(
 
 
 class _Batch(NamedTuple):
-    """Rows as they were read, and why the one after them could not be."""
+    """Rows as they were read, and the error of the row after them if it could not be read."""
 
     rows: list[Row]
     broken: UserError | None = None
 
 
 class _Tokenized(NamedTuple):
-    """What becomes of a batch."""
+    """A tokenised batch."""
 
     pairs: pa.RecordBatch
     prompts: np.ndarray
@@ -146,7 +145,7 @@ def _tokenize(
     template: str | None,
     limits: Limits,
 ) -> _Tokenized:
-    """A worker's task. Of several bad rows the first is told: earlier ones are tokenised first."""
+    """A worker's task. If several rows are bad, the error names the first."""
     (name, unit), broken = where, batch.broken
     audit, preferences = Audit(), []
     chat = ChatTokenizer(tokenizer, template, limits, audit)
@@ -187,7 +186,7 @@ def _write(folder: Path, source: Source, work: _Work) -> None:
         try:
             files.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process made the same one: equal contents
+            if not folder.exists():  # otherwise another process has written the same content
                 raise
 
 
@@ -224,7 +223,7 @@ class _TokenDigest:
     """sha256 of token ids, a column at a time, so that it does not depend on the batches."""
 
     def __init__(self) -> None:
-        columns = _SCHEMA.names[1:]  # the row is where a pair stood, and not what it is
+        columns = _SCHEMA.names[1:]  # row numbers are positions, not content
         self._columns = {name: (hashlib.sha256(), hashlib.sha256()) for name in columns}
 
     def update(self, pairs: pa.RecordBatch) -> None:
@@ -238,7 +237,7 @@ class _TokenDigest:
 
 
 def _refuse_differing(source: Source, audit: Audit) -> None:
-    """Stops as soon as the share of the whole source is certain to be too large."""
+    """Refuses the source once the differing rows are certain to be too large a share of it."""
     differing = audit.dropped.get(TEMPLATE_DIFFERS)
     if differing and differing.count > MAX_DIFFERING * len(source):
         raise UserError(
@@ -250,7 +249,7 @@ def _refuse_differing(source: Source, audit: Audit) -> None:
 
 
 def _batches(source: Source) -> Iterator[_Batch]:
-    """All rows. One that cannot be read ends them and is told last: those before it may be bad."""
+    """An unreadable row ends the source; its error is raised last, as an earlier row may be bad."""
     rows: list[Row] = []
     try:
         for row in source:
@@ -265,12 +264,12 @@ def _batches(source: Source) -> Iterator[_Batch]:
 
 
 def _num_workers(num_rows: int) -> int:
-    """One a core; a few thousand rows are done before a process has started to pay."""
+    """One per core; but a few thousand rows are done before another process has started."""
     return max(1, min(num_cores(), MAX_WORKERS, num_rows // (2 * BATCH_ROWS)))
 
 
 def _code_digest() -> str:
-    """Of the code that decides the token ids: a changed rule must not find old tokens."""
+    """Digest of the code that decides the token ids: a changed rule must not find old tokens."""
     return digest(file_sums(Path(__file__).parent, "*.py"))
 
 

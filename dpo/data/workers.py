@@ -1,7 +1,8 @@
 """One function over many tasks in worker processes: results in order, and few tasks read ahead.
 
 `Executor.map` and `Pool.imap` read all their tasks at once, so memory would grow with a data set;
-and a `Pool` whose worker was killed for memory waits for ever, where an executor says so.
+and a `Pool` whose worker is killed for memory waits for ever, where an executor raises an error.
+From Python 3.14, `Executor.map(buffersize=...)` could replace this.
 """
 
 import multiprocessing
@@ -18,13 +19,13 @@ from typing import Any, TypeVar
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
-_work: Callable[[Any], Any]  # of this process, where it is a worker
+_work: Callable[[Any], Any]  # set in a worker process only
 
 
 def in_order(
     work: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int
 ) -> Generator[Result, None, None]:
-    """`map(work, tasks)`, and that is what it is for one worker. Close it: then no worker is left.
+    """`map(work, tasks)` in worker processes, or in this one for one worker; close it to end them.
 
     An exception of `work` is raised where its result would have come.
     """
@@ -42,18 +43,18 @@ def in_order(
 
 
 def num_cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     known = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
 
 
 @contextmanager
 def _workers(work: Callable[[Any], Any], number: int) -> Iterator[ProcessPoolExecutor]:
-    """Forked where that is safe: they start in no time, and share the tokenizer's memory."""
+    """Forks workers where that is safe: they start at once and share the tokenizer's memory."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(number, context, initializer=_start, initargs=(work,))
     before = os.environ.get(_PARALLELISM)
-    os.environ[_PARALLELISM] = "false"  # one core each; and unset, tokenizers warns of the fork
+    os.environ[_PARALLELISM] = "false"  # one core each; if unset, tokenizers warns about the fork
     try:
         yield pool
     finally:
@@ -66,12 +67,12 @@ def _workers(work: Callable[[Any], Any], number: int) -> Iterator[ProcessPoolExe
 def _start(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the parent speaks, the workers just end
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # only the parent prints; workers exit silently
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed could not stop its workers; they would wait for ever."""
+    """Ends this worker with its parent: one that was killed cannot stop its workers."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

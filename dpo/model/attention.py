@@ -8,7 +8,7 @@ right. Nothing attends across pairs.
 Attention that shares a pair's prompt is the idea of Wang and Hegde 2024 (arXiv:2410.20305), who
 give a mask to FlexAttention in patched models. What is different here: two causal segments instead
 of a mask, registered through transformers' `AttentionInterface`; no model is patched. The stock
-attentions cannot serve: they read the restarted positions of `rejected` as a new document and
+attentions would not do: they read the restarted positions of `rejected` as a new document and
 would hide the prompt from it.
 
 On a GPU all segments of a stream are one call of `varlen_attn`, which needs no mask. Where it
@@ -35,8 +35,8 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from dpo.data.stream import Segment, packed_to_device
 
 NAME = "dpo_two_segment"
-KEYWORD = "dpo_segments"  # how they travel: model(..., dpo_segments=...) -> layer -> attention
-# What a call may carry that has no effect in training; anything else, unless None, is not honoured.
+KEYWORD = "dpo_segments"  # segments travel so: model(..., dpo_segments=...) -> layer -> attention
+# Arguments that have no effect in training; any other, unless None, is not honoured.
 _KNOWN = {"position_ids", "use_cache", "is_causal", "output_attentions", "cache_position"}
 _VARLEN_WIDTH = 256  # the widest head of the flash kernels
 _VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in torch 2.11
@@ -45,11 +45,11 @@ _VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # no
 class Segments:
     """The segments of one stream, with what its layers share, and a record of its calls.
 
-    The record is for `Scorer`'s probe: which attention modules were reached, and which asked for
-    something that this attention does not do.
+    The record is for `Scorer`'s probe: how many calls there were, and which arguments they brought
+    that this attention does not honour.
 
     Args:
-        each: segment of the stream.
+        each: the stream's segments, in order.
         device: where its tokens are.
     """
 
@@ -61,7 +61,7 @@ class Segments:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of `shared and chosen` and of `rejected`, by turns: the whole stream in order."""
+        """Tokens of `shared and chosen` and of `rejected`, alternating, over the whole stream."""
         return [n for s in self.each for n in (s.shared + s.chosen, s.rejected)]
 
     def mask(self, queries: int, keys: int, window: int | None) -> Bool[Tensor, "queries keys"]:
@@ -86,7 +86,7 @@ class Segments:
             keys += own
             query_ends.append(own.stop)
             key_ends.append(len(keys))
-            if segment.rejected:  # of a segment without queries, the kernel writes no gradient
+            if segment.rejected:  # for a segment without queries the kernel writes no gradient
                 again += range(len(keys), len(keys) + segment.shared)
                 keys += own[: segment.shared]
                 firsts += range(len(keys), len(keys) + segment.rejected)
@@ -111,11 +111,11 @@ class Joined:
     """Indices for one attention over `shared chosen | shared rejected | ...`.
 
     Attributes:
-        keys: which token each key is; shared ones come twice.
-        firsts: where each token of the stream comes first in `keys`.
-        again: where the shared tokens come for the second time.
-        query_ends, key_ends: of the segments, with a 0 before them.
-        most_queries, most_keys: of a segment.
+        keys: which token each key is; shared ones occur twice.
+        firsts: where each token of the stream occurs first in `keys`.
+        again: where the shared tokens occur for the second time.
+        query_ends, key_ends: where the segments end, with a 0 before them.
+        most_queries, most_keys: the most that a segment has.
     """
 
     keys: Int[Tensor, " keys"]
@@ -127,7 +127,7 @@ class Joined:
     most_keys: int
 
 
-@torch.compiler.disable  # its segments are other ones in every stream
+@torch.compiler.disable  # segments change with every stream, so it would recompile each time
 def two_segment_attention(
     module: nn.Module,
     query: Tensor,
@@ -149,7 +149,7 @@ def two_segment_attention(
     window, width = sliding_window or None, value.shape[-1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda and (query.shape[-1] % 8 or width % 8):
-        # No fused CUDA kernel has such a width, and zeros change no score.
+        # No fused CUDA kernel takes such a width, and padding with zeros changes no score.
         query, key, value = (F.pad(s, (0, -s.shape[-1] % 8)) for s in (query, key, value))
     if dropout == 0 and serves_varlen(query, value):
         out = _in_one_call(query, key, value, dpo_segments, scale, window)
@@ -159,7 +159,7 @@ def two_segment_attention(
 
 
 def serves_varlen(query: Tensor, value: Tensor) -> bool:
-    """Whether `varlen_attn` has a kernel for these (torch 2.11 to 2.13: flash attention's)."""
+    """Whether `varlen_attn` has a kernel for these: in torch 2.11 to 2.13, flash attention's."""
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
@@ -178,7 +178,7 @@ def _in_one_call(
 ) -> Float[Tensor, "1 tokens heads width"]:
     joined = segments.joined
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    # The result is laid out alike: what is kept of it then serves the next layer.
+    # The result is laid out like q: what is kept of it for the backward then serves the next layer.
     q = q.contiguous()
     k, v = (_Repeat.apply(states, joined.keys, joined.firsts, joined.again) for states in (k, v))
     groups = q.shape[1] // k.shape[1]
@@ -203,8 +203,8 @@ def _in_one_call(
 def takes_grouped_heads(device: torch.device) -> bool:
     """Whether `varlen_attn` takes fewer heads of keys and values than of queries.
 
-    Its signature says so since torch 2.12. Before, its kernel takes them and does not say so: there
-    it is tried, against repeated heads, in values and gradients.
+    Since torch 2.12 its signature says so. Before, its kernel may take them without saying so: a
+    trial compares values and gradients with those of repeated heads.
     """
     if _VARLEN_GROUPS:
         return True
@@ -229,7 +229,7 @@ def takes_grouped_heads(device: torch.device) -> bool:
 
 
 class _Repeat(torch.autograd.Function):
-    """Rows by index, some twice. Of index_select, the gradient would be added in any order."""
+    """Rows by index, some twice. The gradient of index_select would be summed in any order."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, keys: Tensor, firsts: Tensor, again: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ def _by_segment(
         mask = None if plain else segments.mask(num_queries, num_keys, narrow)
         groups = q.shape[1] // k.shape[1]
         # Of the fused CUDA kernels only flash attention takes grouped heads: in half precision, on
-        # new enough a GPU, and without a mask. Any other call would keep (heads, n, n) scores.
+        # a recent GPU, and without a mask. Any other call would keep (heads, n, n) scores.
         if q.is_cuda and not (mask is None and serves_varlen(q, v)):
             k, v = (states.repeat_interleave(groups, dim=1) for states in (k, v))
             groups = 1
@@ -277,7 +277,7 @@ def _by_segment(
             enable_gqa=groups > 1,
         )
 
-    # All parts at once: the backward of a slice is as large as what it was cut from.
+    # Split once: the gradient of a slice would be as large as the tensor that it was cut from.
     parts = [states.split(segments.lengths, dim=2) for states in (query, key, value)]
     outputs = []
     for number, segment in enumerate(segments.each):
@@ -298,11 +298,11 @@ AttentionInterface.register(NAME, two_segment_attention)
 
 
 def use_two_segment_attention(backbone: PreTrainedModel) -> None:
-    """Makes every module of the backbone use it for calls that carry segments, and only for those.
+    """Makes every module of the backbone use it for calls that carry segments, and for no others.
 
     Hooks rather than one switch around the forward: under gradient checkpointing a layer runs again
     in the backward, long after the forward has returned, and must then attend as it did before.
-    Generation carries none and keeps the model's own attention, which minds padding.
+    Generation carries none and keeps the model's own attention, which handles padding.
     """
     for module in backbone.modules():
         config = getattr(module, "config", None)

@@ -1,11 +1,11 @@
-"""Which reference is it? One string for all that its log-probs depend on, apart from the tokens.
+"""Digests that identify a reference by all that its log-probs depend on, apart from the tokens.
 
-Two questions are asked of it. May these cached log-probs be used? Then the answer depends on the
-weights, on how they are stored and computed with, and on the libraries that do it. Is this the
-reference that the run began with? Then only the weights count: a library may be newer by then.
+They answer two questions. May these cached log-probs be used? That depends on the weights, on how
+they are stored and computed with, and on the libraries that do it. Is this the reference that the
+run began with? There only the weights count: a library may be newer by then.
 
-Weights are known by the contents of their files, not by names: a model that was trained further in
-its folder is another model.
+Weights are identified by the contents of their files, not by names: a model that was trained
+further in its folder is another model.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from dpo.config import ModelConfig
 from dpo.data.files import file_digests
 from dpo.model.load import base_of
 
-# What decides the numbers of a forward; configuration and code that comes with a model included.
+# The files that decide the numbers of a forward: weights, configuration and a model's own code.
 _SUFFIXES = (".safetensors", ".bin", ".py")
 _CONFIGS = ("config.json", "adapter_config.json")
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def weights_digest(model: ModelConfig) -> str:
-    """Of every file of the model before training; of base and adapter where it starts from one.
+    """Digest of every file of the model before training, or of its adapter and the base of that.
 
     A model of the hub must have been loaded before: its files are looked up in the local cache.
     """
@@ -40,7 +40,7 @@ def weights_digest(model: ModelConfig) -> str:
 
 
 def reference_digest(model: ModelConfig, *, layout: str, device_type: str) -> str:
-    """Of everything that the reference's log-probs of given tokens depend on."""
+    """Digest of everything that the reference's log-probs of given tokens depend on."""
     return _digest(
         {
             "weights": weights_digest(model),

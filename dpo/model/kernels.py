@@ -1,17 +1,17 @@
-"""Norm and product that keep little for their backward, and form the rest again.
+"""A norm and a product that keep little for their backward, and compute the rest again.
 
 What a layer of a decoder keeps for its backward decides how many tokens go through the model at
 once. PEFT over plain PyTorch keeps several copies of every activation: fp32 casts, dropout's
-outputs and masks, the outputs of what is element-wise. Here a layer keeps what its products need
-and forms the rest again:
+outputs and masks, the outputs of element-wise operations. Here a layer keeps what its products
+need and computes the rest again:
 
-    norm      x                     and one number a token
+    norm      x                     and one number per token
     LoRA      x                     and the r numbers of x A^T; dropout's mask is drawn again
-    MLP       gate(x) and up(x)     their product act(gate) * up is formed again
+    MLP       gate(x) and up(x)     their product act(gate) * up is computed again
 
 Of LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3), h = W0 x + (alpha / r) B A x, the update is
 added into W0 x in place. The adapter's fp32 weights are cast to the model's type once a step, and
-their gradients are summed in fp32. W0 may be 4-bit: its numbers are formed for each product.
+their gradients are summed in fp32. W0 may be 4-bit: it is dequantised for each product.
 
 `dpo.model.lean` gives a model's modules these forwards. Left out on purpose: Triton and CUDA code.
 """
@@ -30,12 +30,12 @@ from torch.autograd.function import once_differentiable
 def rms_norm(
     x: Float[Tensor, "*tokens hidden"], weight: Float[Tensor, " hidden"], eps: float
 ) -> Float[Tensor, "*tokens hidden"]:
-    """Root mean square norm (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4), in fp32 inside.
+    """Root mean square norm (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4), computed in fp32.
 
-    Keeps x and one number a token. As in Llama, the result is rounded to x's type before it is
+    Keeps x and one number per token. As in Llama, the result is rounded to x's type before it is
     multiplied with the weight.
     """
-    if x.is_cuda:  # one kernel, which keeps as little
+    if x.is_cuda:  # one kernel, which keeps no more
         return weight * F.rms_norm(x, x.shape[-1:], eps=eps)
     return weight * _RmsNorm.apply(x, eps)
 
@@ -47,7 +47,7 @@ class _RmsNorm(torch.autograd.Function):
         inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, inverse)
         normed = wide * inverse
-        # Compiled by torch 2.11, `.to` of the same type would let no gradient through.
+        # When torch 2.11 compiles it, `.to` of the same type lets no gradient through.
         return normed if normed.dtype == x.dtype else normed.to(x.dtype)
 
     @staticmethod
@@ -61,16 +61,16 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class Call(NamedTuple):
-    """What `Product` needs and no gradient goes to."""
+    """The inputs of `Product` that take no gradient."""
 
-    base: nn.Linear  # W0 and its bias; or bitsandbytes' layer of 4 bits
+    base: nn.Linear  # W0 and its bias; or bitsandbytes' 4-bit layer
     gated: Callable[[Tensor, Tensor], Tensor] | None
     scale: float = 0.0
     dropout: float = 0.0
 
 
-class _OfInputs(NamedTuple):
-    """One thing for each input of `Product`: whether its gradient is wanted, or the gradient."""
+class _PerInput(NamedTuple):
+    """One value per input of `Product`: whether its gradient is wanted, or the gradient."""
 
     x: Any = None
     gate: Any = None
@@ -82,7 +82,7 @@ class _OfInputs(NamedTuple):
 
 
 class Product(torch.autograd.Function):
-    """base(h) + scale * dropout(h) A^T B^T, with h = x, or h = act(gate) * x formed twice."""
+    """base(h) + scale * dropout(h) A^T B^T, with h = x, or h = act(gate) * x computed twice."""
 
     @staticmethod
     def forward(
@@ -105,7 +105,7 @@ class Product(torch.autograd.Function):
             a, b = (cast_once(adapter, h.dtype) for adapter in (lora_a, lora_b))
             rows = _rows(h)
             if call.dropout:
-                ctx.random = _random_state(h.device)  # before it is drawn from
+                ctx.random = _random_state(h.device)  # read before the mask is drawn
                 rows, _ = torch.native_dropout(rows, call.dropout, True)
             low = torch.mm(rows, a.T)
             out.view(-1, out.shape[-1]).addmm_(low, b.T, alpha=call.scale)
@@ -116,11 +116,11 @@ class Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Forms again what was not kept, and from it the gradients that are wanted."""
+        """Computes again what was not kept, and from it the gradients that are wanted."""
         x, gate, weight, a, b, low = ctx.saved_tensors
         call: Call = ctx.call
-        wants = _OfInputs(*ctx.needs_input_grad)
-        with torch.enable_grad():  # of what is element-wise alone
+        wants = _PerInput(*ctx.needs_input_grad)
+        with torch.enable_grad():  # autograd for the element-wise part only
             inputs = (x,) if gate is None else (gate.detach(), x.detach())
             if gate is not None and call.gated is not None:
                 formed = call.gated(*(t.requires_grad_() for t in inputs))
@@ -154,7 +154,7 @@ class Product(torch.autograd.Function):
                 grads["x"] = grad_h
             else:
                 grads["gate"], grads["x"] = torch.autograd.grad(formed, inputs, grad_h)
-        return _OfInputs(**grads)
+        return _PerInput(**grads)
 
 
 def cast_once(parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -174,7 +174,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _sum32(left: Tensor, right: Tensor) -> Tensor:
-    """Product over all tokens, its sums in fp32: of an adapter's gradient nothing is rounded off.
+    """Product over all tokens, summed in fp32: nothing of an adapter's gradient is rounded off.
 
     On a CPU, which has no such product, it is rounded once, at the end.
     """
@@ -197,7 +197,7 @@ def _random_state(device: torch.device) -> Tensor:
 
 
 def _dropout_again(h: Tensor, rate: float, state: Tensor) -> tuple[Tensor, Tensor]:
-    """What dropout made of h when the generator was in this state, and which numbers it kept."""
+    """Dropout's output for h with the generator in this state, and the mask of what it kept."""
     with _generator_at(state, h.device):
         return torch.native_dropout(h, rate, True)
 

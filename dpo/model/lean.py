@@ -2,8 +2,8 @@
 
 `make_lean` gives the modules of a model the forwards of `dpo.model.kernels`, one by one, where a
 probe shows that they compute the same; the others stay as they are, and it says which. A module's
-weights, names and files do not change, and whatever else it is asked (a merge, several adapters, an
-adapter switched off) is answered by its own code.
+weights, names and files do not change, and whatever else it may have to do (a merge, several
+adapters, an adapter switched off) its own code does.
 
 Left out on purpose: adapters of adapters (DoRA), int8 and stacked experts.
 """
@@ -21,10 +21,10 @@ from dpo.model.kernels import Call, Product, rms_norm
 
 
 def make_lean(model: nn.Module) -> str:
-    """Makes the layers of a model keep less, where they are of a kind known here; in place.
+    """Makes the layers of a model keep less, if they are of a kind known here; in place.
 
-    Call it when the adapter is there. Weights changed by code that PyTorch does not see (a kernel
-    of another library) must be reported: `torch.autograd.graph.increment_version`.
+    Call it once the adapter is in place. Weights changed by code that PyTorch does not see (a
+    kernel of another library) must be reported: `torch.autograd.graph.increment_version`.
 
     Returns:
         What was made lean and what was left, in words, for the run header.
@@ -71,7 +71,7 @@ class _LeanMlp(nn.Module):
 
 @torch.compiler.disable  # nothing to fuse with its products
 def _linear(layer: Any, x: Tensor, gate: Tensor | None = None, gated: Any = None) -> Tensor:
-    """A plain layer, or one of PEFT's with its one active adapter."""
+    """Applies a plain layer, or one of PEFT's with its one active adapter."""
     base, call, adapter = layer, Call(layer, gated), (None, None)
     if isinstance(layer, _LeanLora):
         name, base = active_adapter(layer), layer.get_base_layer()  # type: ignore[operator]
@@ -85,7 +85,7 @@ def _linear(layer: Any, x: Tensor, gate: Tensor | None = None, gated: Any = None
 
 
 def active_adapter(layer: Any) -> str | None:
-    """The one adapter of a PEFT layer that computes: neither switched off, nor merged, nor two."""
+    """Name of a PEFT layer's only active adapter; None if it is off, merged or one of several."""
     if layer.disable_adapters or layer.merged:
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -103,7 +103,7 @@ def _lean_class(own: type[nn.Module], kind: str) -> type[nn.Module]:
 
 
 def _kind(module: nn.Module) -> str | None:
-    """What a module is by its looks; whether ours computes the same is for `_FITS` to say."""
+    """The kind of module this looks like; `_FITS` says whether our forward computes the same."""
     if isinstance(module, (_LeanNorm, _LeanMlp, _LeanLora)):
         return None
     if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
@@ -148,7 +148,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 
 @cache
 def _is_rms_norm(kind: type[nn.Module]) -> bool:
-    """Tries a small one: whether it computes, to the bit, what `rms_norm` does."""
+    """Tries a small one: whether it computes what `rms_norm` does, to the bit."""
     try:
         norm: Any = kind(8)
         x = torch.linspace(-3, 2, 24).view(3, 8)
@@ -157,12 +157,12 @@ def _is_rms_norm(kind: type[nn.Module]) -> bool:
             if not torch.equal(norm(x.to(dtype)), rms_norm(x.to(dtype), norm.weight, _eps(norm))):
                 return False
         return len([*norm.parameters()]) == 1
-    except Exception:  # any class may be made in any way
+    except Exception:  # a class may need any arguments
         return False
 
 
 def _is_gated_mlp(kind: type[nn.Module], config: Any) -> bool:
-    """Tries a small one: whether it computes, to the bit, down(act(gate) * up)."""
+    """Tries a small one: whether it computes down(act(gate) * up), to the bit."""
     try:
         small = copy.deepcopy(config)
         small.hidden_size, small.intermediate_size = 8, 12
@@ -170,12 +170,12 @@ def _is_gated_mlp(kind: type[nn.Module], config: Any) -> bool:
             mlp: Any = kind(small)
         x = torch.linspace(-3, 2, 24).view(3, 8)
         return torch.equal(mlp(x), mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)))
-    except Exception:  # any class may be made in any way
+    except Exception:  # a class may need any arguments
         return False
 
 
 def _eps(norm: nn.Module) -> float:
-    """Under the names that model families give it."""
+    """The norm's epsilon, under the names that model families give it."""
     for name in ("variance_epsilon", "eps"):
         if hasattr(norm, name):
             return getattr(norm, name)

@@ -1,7 +1,7 @@
 """Model, tokenizer, quantisation, adapter: from a configuration to a policy that can train.
 
-Two things are made sure of here, because the reference must be what the policy is at step 0. Every
-dropout but LoRA's is set to 0 for both passes, and 4-bit layers never see an evaluation mode.
+Two things are ensured here, because the reference must be what the policy is at step 0: every
+dropout but LoRA's is set to 0 for both passes, and 4-bit layers never run in evaluation mode.
 
 Left out on purpose: PEFT's `prepare_model_for_kbit_training`. It upcasts the head and the
 embeddings to fp32, which costs memory; our head accumulates in fp32 whatever its weights are.
@@ -49,7 +49,7 @@ class Policy:
 
     @property
     def is_adapted(self) -> bool:
-        """An adapter trains, and not every weight."""
+        """Whether an adapter trains, and not every weight."""
         return is_adapted(self.model)
 
 
@@ -64,13 +64,13 @@ def without_peft(model: nn.Module) -> PreTrainedModel:
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model; of the base where an adapter's folder has none."""
+    """The model's tokenizer, or its base's if an adapter's folder has none."""
     has_own = (Path(model.path) / "tokenizer_config.json").exists()
     return _from_hub_or_disk(AutoTokenizer, model if has_own else base_of(model))
 
 
 def load_shape(model: ModelConfig) -> PreTrainedConfig:
-    """config.json of the model; of the base that an adapter's folder names."""
+    """config.json of the model, or of the base that an adapter's folder names."""
     return _from_hub_or_disk(AutoConfig, base_of(model))
 
 
@@ -79,8 +79,8 @@ def load_policy(config: Config, device: torch.device | str, *, dequantized: bool
 
     Args:
         config: of the run.
-        device: where to.
-        dequantized: keep a 4-bit base in plain layers, its weights as 4 bits left them.
+        device: where the weights go.
+        dequantized: dequantise a 4-bit base once; its weights stay as 4 bits left them.
 
     Raises:
         UserError: not found, weights missing, an adapter that PEFT cannot place, or one whose
@@ -123,7 +123,7 @@ def build_policy(base: PreTrainedModel, config: Config) -> Policy:
 
 
 def checkpoint_layers(base: PreTrainedModel, every_n: int = 1) -> None:
-    """Turns gradient checkpointing on in every n-th layer: its activations are computed again.
+    """Turns gradient checkpointing on in every n-th layer.
 
     Raises:
         UserError: the model's code cannot do that.
@@ -142,8 +142,8 @@ def checkpoint_layers(base: PreTrainedModel, every_n: int = 1) -> None:
 def compile_layers(base: PreTrainedModel, device: torch.device) -> None:
     """Compiles every decoder layer by itself, for any number of tokens; in place.
 
-    Attention and lean products are left out (`torch.compiler.disable`): what is fused is what lies
-    between them. One graph serves all layers.
+    Attention and lean products are left out (`torch.compiler.disable`): only the operations between
+    them are fused. One graph serves all layers.
 
     Raises:
         UserError: nothing can be compiled here.
@@ -198,9 +198,9 @@ def load_base(model: ModelConfig, device: torch.device | str) -> PreTrainedModel
 
 
 def dequantize(base: PreTrainedModel) -> PreTrainedModel:
-    """Plain layers in place of quantised ones, with the weights that these compute with."""
+    """Replaces quantised layers by plain ones with the weights that they compute with."""
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it warns of the loss, which has happened before
+    transformers_logging.set_verbosity_error()  # it warns about precision lost at quantisation
     base.dequantize()
     transformers_logging.set_verbosity(verbosity)
     return base
@@ -230,7 +230,7 @@ def keep_4bit_trainable(model: nn.Module) -> None:
     """
     for module in model.modules():
         is_4bit = type(module).__name__ == "Linear4bit"
-        # PEFT's layer around it has the same name, and LoRA's dropout inside: leave that one alone.
+        # PEFT's layer around it has the same name, and LoRA's dropout inside: leave that as it is.
         is_own = type(module).__module__.startswith("bitsandbytes")
         if is_4bit and is_own and not hasattr(module, "kept_trainable"):
             module.register_forward_pre_hook(_to_train_mode)
@@ -242,7 +242,7 @@ def _to_train_mode(layer: nn.Module, _: Any) -> None:
 
 
 def zero_dropouts(model: nn.Module) -> list[str]:
-    """Sets every dropout rate outside LoRA to 0; returns the names of those that were not."""
+    """Sets every dropout rate outside LoRA to 0; returns the names of those that were above."""
     changed = set()
     for name, module in model.named_modules():
         if "lora_dropout" in name:
@@ -319,7 +319,7 @@ def _from_hub_or_disk(loader: Any, model: ModelConfig, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.name_or_path: got {model.path!r}, which is neither a model folder nor to be "
-            f"had from the hub ({type(error).__name__}: {first_line}). Check the name, "
+            f"model.name_or_path: got {model.path!r}, which is no model folder and could not be "
+            f"loaded from the hub ({type(error).__name__}: {first_line}). Check the name, "
             "model.revision, the network, and your access to it."
         ) from error

@@ -1,4 +1,4 @@
-"""Token log-probs of pairs on disk: what the reference said once, it need not say again.
+"""Token log-probs of pairs on disk: what the reference has computed once is not computed again.
 
 A folder belongs to one reference (`fingerprint.py` names it) and holds shards that never change:
 
@@ -8,9 +8,9 @@ A folder belongs to one reference (`fingerprint.py` names it) and holds shards t
     logps    (scored,)   fp32, nats: chosen, then rejected, pair after pair
 
 A shard is written aside and renamed when complete, under a name of its own. So nothing is ever
-overwritten, several processes may write to one folder, and what a killed one left is not read. The
-log-probs are mapped into memory, a pair's are read when it is asked for; the index (32 bytes a
-pair) is kept. A flipped bit anywhere makes the checksum fail: the pair counts as not there.
+overwritten, several processes may write to one folder, and what a killed one left is not read. A
+pair's log-probs are read from the file when it is asked for; the index (32 bytes per pair) is held
+in memory. A flipped bit anywhere makes the checksum fail, and the pair counts as missing.
 """
 
 import hashlib
@@ -27,16 +27,16 @@ from safetensors.numpy import save_file
 
 from dpo.data.stream import TokenizedPair
 
-PAIRS_PER_SHARD = 4096  # what a killed process has to compute again at most
+PAIRS_PER_SHARD = 4096  # a killed process loses no more than this
 
 Logps = Float[np.ndarray, " scored"]
 
 
 class LogpCache:
-    """A folder of token log-probs, found by what the pair's tokens are.
+    """A folder of token log-probs, found by the pair's tokens.
 
     Attributes:
-        num_damaged: entries and shards that were there and could not be trusted.
+        num_damaged: entries and shards that were found and could not be trusted.
     """
 
     def __init__(self, folder: Path):
@@ -49,7 +49,7 @@ class LogpCache:
         self.refresh()
 
     def get(self, pair: TokenizedPair) -> Logps | None:
-        """Log-probs of the scored tokens, chosen then rejected; None if they are not here."""
+        """Log-probs of the scored tokens, chosen then rejected; None if they are missing."""
         digest = pair.digest
         if digest in self._new:
             return self._new[digest]
@@ -68,7 +68,7 @@ class LogpCache:
         return self.get(pair) is not None
 
     def put(self, pair: TokenizedPair, logps: Logps) -> None:
-        """Keeps it; on disk when there are enough for a shard, or at `flush`."""
+        """Adds a pair; it is written to disk when a shard is full, or by `flush`."""
         self._new[pair.digest] = logps
         if len(self._new) >= PAIRS_PER_SHARD:
             self.flush()
@@ -122,7 +122,7 @@ class _Shard:
     logps: Any
 
     def read(self, entry: int, digest: bytes) -> Logps | None:
-        """None if it is damaged, or another pair's."""
+        """The entry's log-probs; None if it is damaged, or another pair's."""
         start, end = int(self.ends[entry - 1]) if entry else 0, int(self.ends[entry])
         if not 0 <= start <= end <= self.logps.get_shape()[0]:
             return None

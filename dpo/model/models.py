@@ -27,7 +27,7 @@ class Models:
         reference: Stream -> token log-probs of what the policy was at step 0.
         layout: how both lay out a stream.
         layout_reason: why it is padded, in words; "" if it is shared or configured.
-        is_rounded: they compute in less than fp32, so log-probs depend on the batch.
+        is_rounded: both compute in less than fp32, so log-probs depend on the batch.
     """
 
     policy: Policy
@@ -58,10 +58,10 @@ def build_models(
         config: of the run.
         accelerator: wraps the scorer of a policy that will train.
         asked_for: all pairs that the reference will be asked for; None where that is not known.
-        will_train: else a frozen reference is the policy itself, and not a copy.
+        will_train: if not, a frozen reference is the policy itself and not a copy.
 
     Raises:
-        UserError: the model cannot be scored as configured, or the cache not be written.
+        UserError: the model cannot be scored as configured, or the cache cannot be written.
     """
     scorer = Scorer(policy.model, config.model.attention)
     if config.model.compile:  # after the scorer, whose probe must see the model's own errors

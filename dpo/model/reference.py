@@ -2,8 +2,8 @@
 
 A live reference (`AdapterOff`, `Frozen`, `Zero`) runs the same code path as the policy, on the same
 micro-batches, without gradients. So before the first update it agrees with the policy to the last
-bit, and the loss is exactly ln 2. `Reference` stands before one of them and, where it has a cache,
-asks it only for pairs that nobody asked for before.
+bit, and the loss is exactly ln 2. `Reference` wraps one of them and, if it has a cache, calls it
+only for pairs that the cache lacks.
 """
 
 import copy
@@ -29,7 +29,7 @@ TokenLogps = Callable[[Stream], Float[Tensor, " scored"]]
 
 
 class AdapterOff:
-    """The policy's own base, its adapter switched off, or back to the one it started from.
+    """The policy's own base, its adapter switched off or set back to the one that it started from.
 
     Costs no memory. `scorer` may be wrapped (DDP): the pass goes through it as the policy's does.
     """
@@ -44,7 +44,7 @@ class AdapterOff:
 
 
 class Frozen:
-    """A model of its own: the copy, or another loading, of a policy that trains every weight."""
+    """A second model: a copy of a policy that trains every weight, or its weights loaded again."""
 
     def __init__(self, model: nn.Module, layout: Literal["shared", "padded"]):
         self.model = model.requires_grad_(False)
@@ -65,7 +65,7 @@ class Zero:
 
 
 class Absent:
-    """Stands where a frozen copy would, when the cache holds all that will be asked for."""
+    """Takes the place of a frozen copy when the cache holds all that will be asked for."""
 
     def __call__(self, stream: Stream) -> Float[Tensor, " scored"]:
         """Never returns.
@@ -81,10 +81,10 @@ class Absent:
 
 
 class Reference:
-    """What the policy is compared with; it keeps what it computes, where there is a cache.
+    """What the policy is compared with; it keeps what it computes, if there is a cache.
 
-    The device need not be waited for: what is found is sent there, and what is computed is fetched
-    by `settle`, which the trainer calls once a step.
+    A call does not wait for the device: what is found is sent there, and what is computed is
+    fetched by `settle`, which `train.step` calls once a step.
 
     Args:
         mode: `adapter`, `frozen` or `zero`.
@@ -92,7 +92,7 @@ class Reference:
         store: the cache, if there is one.
 
     Attributes:
-        num_found, num_computed: pairs so far, where there is a cache.
+        num_found, num_computed: pairs so far, if there is a cache.
         share_known: the share of the last call's pairs for which nothing was computed.
     """
 
@@ -103,7 +103,7 @@ class Reference:
         self._unsettled: list[tuple[list[TokenizedPair], Tensor]] = []
 
     def __call__(self, stream: Stream) -> Float[Tensor, " scored"]:
-        """Token log-probs, (scored,) nats; those not kept yet in one pass of the live reference."""
+        """Token log-probs, (scored,) nats; one pass of the live reference computes missing ones."""
         if self.store is None:
             return self.live(stream)
         device = stream.input_ids.device
@@ -134,7 +134,7 @@ class Reference:
     def peek(self, stream: Stream) -> Float[Tensor, " scored"]:
         """Token log-probs, (scored,) nats, without keeping what was computed for them.
 
-        What is kept is computed in the micro-batches of training, so that step 1 is exactly ln 2.
+        Only what training's own micro-batches compute is kept, so that step 1 is exactly ln 2.
         """
         self.settle()
         logps = self(stream)
@@ -179,7 +179,7 @@ class Reference:
 
 @contextmanager
 def adapter_off(policy: Policy) -> Iterator[None]:
-    """Inside, the model is what it was before training: for the reference, and for generation."""
+    """Inside, the model is what it was before training, for the reference and for generation."""
     model = policy.model
     if policy.starts_from_adapter:
         model.set_adapter(REFERENCE_ADAPTER)  # type: ignore[operator]
@@ -200,12 +200,12 @@ def choose_mode(mode: str, policy: Policy) -> str:
 
 
 def open_cache(setting: str, digest: str) -> LogpCache:
-    """The cache that `reference.cache` means, of the reference of that digest.
+    """The cache that `reference.cache` means, for the reference with that digest.
 
-    `auto` is beside the tokenised pairs.
+    `auto` is a folder beside the tokenised pairs.
 
     Raises:
-        UserError: it is no folder that can be written to.
+        UserError: the folder cannot be written to.
     """
     auto = Path(datasets.config.HF_DATASETS_CACHE) / "dpo_reference"
     folder = (auto if setting == "auto" else Path(setting)) / digest[:32]
@@ -232,13 +232,13 @@ def build_reference(
 
     Args:
         mode: `adapter`, `frozen` or `zero`, as `choose_mode` gives it.
-        policy: what the reference is a copy of, or is itself with its adapter off.
+        policy: the reference is a copy of it, or is the policy itself with its adapter off.
         scorer: the policy's, as Accelerate wrapped it.
         layout: the scorer's.
         store: the cache, if there is one.
         asked_for: all pairs that the reference will be asked for; None where that is not known. A
             frozen copy is not made if the cache holds them all.
-        will_train: else a frozen reference is the policy itself, and not a copy.
+        will_train: if not, a frozen reference is the policy itself and not a copy.
     """
     if mode == "zero":
         return Reference(mode, Zero())

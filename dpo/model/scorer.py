@@ -1,10 +1,9 @@
 """Scorer: Stream -> token log-probs. The module that Accelerate wraps.
 
-Decoder and head both run inside `forward`, and only log-probs leave it: DDP's hooks, FSDP's
-gathers and Accelerate's cast of outputs then have nothing to get wrong, and no (tokens, vocab)
-tensor exists.
+Decoder and head both run inside `forward`, and only log-probs leave it: DDP's hooks and
+Accelerate's cast of outputs then have nothing to get wrong, and no (tokens, vocab) tensor exists.
 
-Two layouts stand behind the same contract. `shared` runs the stream as it is, through the
+Two layouts have the same contract. `shared` runs the stream as it is, through the
 two-segment attention. `padded` is for models that this attention cannot serve (recurrent or hybrid
 layers, soft-capped attention, attention sinks, multi-axis positions): every answer becomes a row of
 its own, prompt included, padded on the right, through the model's own attention.
@@ -38,12 +37,12 @@ class Scorer(nn.Module):
 
     Args:
         model: a causal LM, or a PEFT model around one.
-        attention: `auto` takes `shared` where the model can and `padded` elsewhere.
+        attention: `auto` takes `shared` if the model can, otherwise `padded`.
         has_numbers: false for a model of fake tensors, whose head cannot be compared with ours.
 
     Attributes:
         layout: `shared` or `padded`; `layout_reason` says why.
-        tile_bytes: of the head's logits that are alive at once.
+        tile_bytes: how many bytes of the head's logits are alive at once.
 
     Raises:
         UserError: `shared` was asked for and cannot be; or the model's head is not one that
@@ -66,7 +65,7 @@ class Scorer(nn.Module):
         backbone = causal_lm.base_model
         if backbone is causal_lm:  # Llama 4 names another prefix than the attribute it uses
             backbone = causal_lm.model  # type: ignore[assignment]
-        # Kept out of the module tree (a tuple hides them), or every weight would be listed twice.
+        # A tuple keeps them out of the module tree, where every weight would be listed twice.
         self._parts = _Parts(causal_lm, backbone, _plain_head(causal_lm))
         self._logit_scale, self._softcap = _logit_transform(causal_lm.config.get_text_config())
         self._no_split_modules = causal_lm._no_split_modules  # read by FSDP's wrapping policy
@@ -95,7 +94,7 @@ class Scorer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the embeddings lie, and so where a stream must be."""
+        """The device of the embeddings, where a stream must be."""
         return self.causal_lm.get_input_embeddings().weight.device  # type: ignore[union-attr]
 
     def forward(self, stream: Stream) -> Float[Tensor, " scored"]:
@@ -105,8 +104,8 @@ class Scorer(nn.Module):
         pairs must take part in the step's gradient reduction.
         """
         if not stream.num_pairs:
-            lonely = build_stream([([0], [0], [0])]).to(stream.input_ids.device)
-            return self(lonely)[:0]
+            dummy = build_stream([([0], [0], [0])]).to(stream.input_ids.device)
+            return self(dummy)[:0]
         states = self._shared_states if self.layout == "shared" else self._padded_states
         head = self._parts.head
         return token_logps(
@@ -123,7 +122,7 @@ class Scorer(nn.Module):
         return self._backbone_states(stream, self._segments(stream))[stream.predictors]
 
     def _segments(self, stream: Stream) -> Segments:
-        """Made once for the policy and its reference, which see a stream one after the other."""
+        """Built once per stream: the policy and its reference score it one after the other."""
         last, device = self._last, stream.input_ids.device
         if last is None or last.each is not stream.segments or last.device != device:
             last = self._last = Segments(stream.segments, device)
@@ -141,7 +140,7 @@ class Scorer(nn.Module):
         return output.last_hidden_state[0]
 
     def _padded_states(self, stream: Stream) -> Float[Tensor, "scored hidden"]:
-        # No mask: padding stands on the right, where nothing that is causal looks.
+        # No mask: padding is on the right, where causal attention does not look.
         rows = stream.input_ids[_padded_rows(stream)]
         output = self._parts.backbone(input_ids=rows, use_cache=False)
         return output.last_hidden_state[stream.sequence_ids, stream.position_ids[stream.predictors]]
@@ -162,7 +161,7 @@ class Scorer(nn.Module):
         try:
             with torch.no_grad():
                 self._backbone_states(stream, segments)
-        except Exception as error:  # any model's code may fail in any way on what it does not know
+        except Exception as error:  # a model's code may fail in any way on what it does not know
             return f"its forward refuses the layout ({type(error).__name__}: {error})"
         if segments.num_calls != config.num_hidden_layers:
             return (

@@ -1,4 +1,4 @@
-"""A policy without numbers: what a model takes, to the byte, before any weight is loaded.
+"""A policy without numbers: what a model needs, to the byte, before any weight is loaded.
 
 Its tensors are fake: shapes and types that PyTorch propagates as it would compute. So config.json
 is enough, a 70B model fits a laptop, and every family, adapter and layout is measured by its own
@@ -32,7 +32,7 @@ class FakePolicy:
 
     Attributes:
         policy: with fake tensors; run it inside `mode`.
-        scorer: around it.
+        scorer: the policy's.
     """
 
     def __init__(self, config: Config):
@@ -42,8 +42,9 @@ class FakePolicy:
         with self.mode:
             _to_fake(self.policy.model)
             self.scorer = Scorer(self.policy.model, config.model.attention, has_numbers=False)
+            # Warm-up: one-off allocations must not count in step_bytes.
             with torch.no_grad():
-                self._score_both(build_stream([([0], [0], [0])]))  # what is made once, is there now
+                self._score_both(build_stream([([0], [0], [0])]))
 
     @property
     def base(self) -> PreTrainedModel:
@@ -56,7 +57,7 @@ class FakePolicy:
         return [p for p in self.policy.model.parameters() if p.requires_grad]
 
     def base_bytes(self, *, dequantized: bool = False) -> int:
-        """Of the base's weights, as they are stored; or of a 4-bit one in plain layers."""
+        """Bytes of the base's weights as they are stored, or once a 4-bit base is dequantised."""
         layers = () if dequantized else self._quantised_layers()
         quantised = {id(layer.weight): layer for layer in layers}
         return sum(
@@ -66,16 +67,16 @@ class FakePolicy:
         )
 
     def adapter_bytes(self) -> int:
-        """Of LoRA's weights; of both adapters, where a frozen one is the reference."""
+        """Bytes of LoRA's weights, in both adapters if a frozen one is the reference."""
         return sum(_bytes(p) for name, p in self.base.named_parameters() if "lora_" in name)
 
     def cast_bytes(self) -> int:
-        """Of LoRA's weights in the model's type, where lean layers keep copies in it."""
+        """Bytes of the copies of LoRA's weights that lean layers keep in the model's type."""
         kept = (getattr(p, "_cast_once", None) for p in self.base.parameters())
         return sum(_bytes(state_and_copy[1]) for state_and_copy in kept if state_and_copy)
 
     def dequantised_bytes(self) -> int:
-        """Of the largest weight as its product needs it; one is alive at a time."""
+        """Bytes of the largest weight, dequantised for its product; one is alive at a time."""
         return max((_bytes(layer.weight) for layer in self._quantised_layers()), default=0)
 
     def num_base_weights(self) -> int:
@@ -83,9 +84,9 @@ class FakePolicy:
         return sum(p.numel() for name, p in self.base.named_parameters() if "lora_" not in name)
 
     def step_bytes(self, pairs: Sequence[TokenizedPair]) -> int:
-        """What one micro-batch takes at its peak, beyond weights and gradients.
+        """Peak bytes of one micro-batch, beyond weights and gradients.
 
-        Saved activations, what comes and goes while they are there, and the head's tile.
+        It includes saved activations, what is allocated beside them, and the head's tile.
         """
         with self.mode:
             for parameter in self.trained:
@@ -96,7 +97,7 @@ class FakePolicy:
         return count.peak
 
     def _score_both(self, stream: Any) -> torch.Tensor:
-        """Under the policy; then, for what it takes, under the reference."""
+        """Log-probs under the policy; the reference's are computed for the memory they take."""
         logps = self.scorer(stream)
         with torch.no_grad():
             if self.policy.is_adapted:
@@ -131,13 +132,13 @@ def _without_numbers(config: Config) -> Policy:
             f"model.name_or_path: got {config.model.name_or_path}, whose config.json describes no "
             f"causal language model ({str(error).splitlines()[0]}). Name one."
         ) from None
-    with warnings.catch_warnings():  # an adapter's numbers are read, and go nowhere
+    with warnings.catch_warnings():  # an adapter's numbers are read and then dropped
         warnings.filterwarnings("ignore", message=".*to a meta parameter")
         return build_policy(base.train(), config)
 
 
 def _to_fake(model: nn.Module) -> None:
-    """Puts a fake tensor of the same shape for each meta one; what was tied stays tied."""
+    """Replaces each meta tensor by a fake one of the same shape; tied weights stay tied."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -152,7 +153,7 @@ def _to_fake(model: nn.Module) -> None:
 
 
 def _stored_bytes(layer: nn.Linear, quantization: str) -> int:
-    """Of a quantised weight: 4 bits and a maximum per block, or 8 bits and a scale per row."""
+    """Bytes of a quantised weight: 4 bits and a maximum per block, or 8 and a scale per row."""
     if quantization == "int8":
         return layer.weight.numel() + 4 * layer.out_features
     return layer.weight.numel() // 2 + 4 * math.ceil(layer.weight.numel() / QUANTIZATION_BLOCK)

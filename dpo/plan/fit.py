@@ -1,11 +1,11 @@
-"""What fits: the memory rule that the trainer follows and the planner foretells.
+"""What fits: the memory rule that the trainer follows and the planner predicts.
 
 A micro-batch's activations grow with its tokens and hardly anything else does. So one measurement
 gives the bytes that a token takes, and a share of what is free is divided by them. Memory is saved
-only where not even the longest pair fits without: by checkpointing as few layers as will do, which
-costs a third more work where it is all of them, and last by a smaller tile of the head.
+only if the longest pair does not fit otherwise: by checkpointing as few layers as will do (all of
+them cost a third more work), and last by a smaller tile of the head.
 
-The trainer measures a micro-batch on the device, the planner one on fake tensors.
+The trainer measures a micro-batch on the device, the planner on fake tensors.
 """
 
 import math
@@ -22,13 +22,13 @@ from dpo.model.load import checkpoint_layers
 from dpo.model.scorer import Scorer
 from dpo.plan.fake import FakePolicy
 
-MOST_TOKENS = {  # a micro-batch, unless a pair is longer
+MOST_TOKENS = {  # in a micro-batch, unless a pair is longer
     "cuda": 16384,  # more make no product faster, and a step has few more
-    "cpu": 2048,  # more no longer lie in its caches (benchmarks/results/ablation.md)
+    "cpu": 2048,  # more do not fit its caches (benchmarks/results/ablation.md)
 }
 SHARE = 0.9  # of the free memory
 PROBE_PAIRS = 4
-# A micro-batch for which forming 4-bit weights anew is a small part of the work.
+# In a micro-batch of this size, dequantising 4-bit weights is a small part of the work.
 ENOUGH_TOKENS = 8192
 
 
@@ -36,21 +36,21 @@ class Saving(NamedTuple):
     """What is given up for memory. Numbers do not change.
 
     Attributes:
-        checkpoint_every: which layers are computed again in the backward: every n-th; 0: none.
-        tile_bytes: of the head's logits at once.
+        checkpoint_every: every n-th layer is computed again in the backward; 0: none.
+        tile_bytes: how many bytes of the head's logits are alive at once.
     """
 
     checkpoint_every: int = 0
     tile_bytes: int = TILE_BYTES
 
     def __str__(self) -> str:
-        layers = {0: "no layer", 1: "every layer"}
-        which = layers.get(self.checkpoint_every, f"every {self.checkpoint_every}. layer")
+        layers = {0: "no layer", 1: "every layer", 2: "every second layer"}
+        which = layers.get(self.checkpoint_every, f"every {self.checkpoint_every}th layer")
         tile = f", the head's tile {self.tile_bytes // 2**20} MiB"
         return f"{which} checkpointed" + (tile if self.tile_bytes != TILE_BYTES else "")
 
     def apply(self, policy: Scorer, reference: Scorer | None = None) -> None:
-        """Puts the saving into effect; `reference`: its scorer, where it has one of its own."""
+        """Puts the saving into effect; `reference`: its scorer, if it has one of its own."""
         if self.checkpoint_every:
             checkpoint_layers(policy.causal_lm, self.checkpoint_every)
         for scorer in (policy, reference or policy):
@@ -61,7 +61,7 @@ SAVINGS = (*(Saving(every) for every in (0, 4, 2, 1)), Saving(1, TILE_BYTES // 8
 
 
 class Fit(NamedTuple):
-    """The tokens of a micro-batch, what each of them takes of what is free, and what it costs."""
+    """The tokens of a micro-batch, what each of them takes, what is free, and what is given up."""
 
     tokens: int
     bytes_per_token: float
@@ -80,15 +80,15 @@ def fit_tokens(
     """As many tokens as fit, giving up as little as the longest pair allows.
 
     Args:
-        measure: puts a saving into effect; returns the bytes that a token takes then, and those
+        measure: puts a saving into effect; returns the bytes that a token then takes, and those
             that are free for activations.
         longest: tokens of the longest pair, which stays whole.
         has_checkpointing: every layer is checkpointed in any case.
         device_type: cuda or cpu.
-        agree: the smallest of the numbers of all ranks.
+        agree: returns the smallest of the numbers that all ranks give.
 
     Returns:
-        The first that holds the longest pair; else the last, which does not.
+        The first fit that holds the longest pair, or else the last one, which does not.
     """
     fit = Fit(0, math.inf, 0.0, SAVINGS[0])
     for saving in allowed_savings(has_checkpointing=has_checkpointing):
@@ -101,25 +101,25 @@ def fit_tokens(
 
 
 def allowed_savings(*, has_checkpointing: bool) -> list[Saving]:
-    """The savings to try in turn; those that checkpoint every layer, where that is configured."""
+    """The savings to try in turn: if configured, only those that checkpoint every layer."""
     return [saving for saving in SAVINGS if saving.checkpoint_every == 1 or not has_checkpointing]
 
 
 def fitting_tokens(
     free: float | int, bytes_per_token: float, *, longest: int = 0, device_type: str = "cuda"
 ) -> int:
-    """Tokens of a micro-batch that fit into so many bytes, at most what is of use there.
+    """Tokens of a micro-batch that fit into the free bytes, at most MOST_TOKENS.
 
-    `longest`: tokens of the longest pair, which stays whole.
+    `longest`: tokens of the longest pair, which stays whole: the cap is no lower.
     """
     most = max(MOST_TOKENS[device_type], longest)
     return max(0, min(most, int(SHARE * free / bytes_per_token)))
 
 
 def plan_fit(fake: FakePolicy, config: Config, left: float, pairs: Sequence[TokenizedPair]) -> Fit:
-    """What the trainer will find where `left` bytes are free for activations.
+    """What the trainer will find if `left` bytes are free for activations.
 
-    A number in the configuration is kept; then nothing but `train.gradient_checkpointing` counts.
+    A configured number is kept; then only `train.gradient_checkpointing` saves memory.
     """
 
     def measure(saving: Saving) -> tuple[float, float]:
@@ -140,12 +140,12 @@ def choose_base(
     pairs: Sequence[TokenizedPair],
     fake: FakePolicy | None = None,
 ) -> tuple[bool, str]:
-    """Whether a 4-bit base is trained on in plain layers, and why, in words ("": it is not 4-bit).
+    """Whether to dequantise a 4-bit base once, and why, in words ("" for any other base).
 
     Args:
         config: of the run.
-        memory: bytes that the device has for it.
-        pairs: some, whose tokens stand for all.
+        memory: bytes that the device has for the run.
+        pairs: a sample that represents all pairs.
         fake: the policy, if there is one already.
     """
     if config.model.quantization not in ("nf4", "fp4"):
@@ -166,7 +166,7 @@ def choose_base(
 
 
 def memory_parts(fake: FakePolicy, config: Config, *, dequantized: bool = False) -> dict[str, int]:
-    """Bytes by part, but for activations: what is there in every step."""
+    """Bytes by part of what exists in every step: all but the activations."""
     trained = fake.trained
     base = fake.base_bytes(dequantized=dequantized)
     dtype = str(next(fake.base.parameters()).dtype).removeprefix("torch.")
@@ -186,9 +186,9 @@ def memory_parts(fake: FakePolicy, config: Config, *, dequantized: bool = False)
 
 
 def optimizer_bytes(trained: Sequence[torch.Tensor], name: str) -> int:
-    """AdamW's two moments in fp32, or in 8 bits.
+    """Bytes of AdamW's two moments, in fp32 or in 8 bits.
 
-    Eight bits come with an fp32 maximum per block of 256, and only to weights of 4096 or more.
+    Eight bits need an fp32 maximum per block of 256, and apply only to tensors of 4096 or more.
     """
     if not name.endswith("8bit"):
         return sum(8 * p.numel() for p in trained)
@@ -199,12 +199,12 @@ def optimizer_bytes(trained: Sequence[torch.Tensor], name: str) -> int:
 
 
 def copy_bytes(trained: Sequence[torch.Tensor]) -> int:
-    """Of the fp32 copies that the optimizer steps, where weights of half precision train."""
+    """Bytes of the fp32 copies that the optimizer steps if half-precision weights train."""
     return sum(4 * p.numel() for p in trained if p.dtype.itemsize < 4)
 
 
 def bytes_per_token(fake: FakePolicy, pairs: Sequence[TokenizedPair]) -> float:
-    """Of a micro-batch of the first pairs: more of them would take longer and say the same."""
+    """Measured on a micro-batch of the first pairs; more would take longer and show the same."""
     pairs = list(islice(cycle(pairs), PROBE_PAIRS))
     return fake.step_bytes(pairs) / sum(pair.num_stream_tokens for pair in pairs)
 

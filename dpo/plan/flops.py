@@ -1,9 +1,9 @@
 """What a step costs, in FLOPs, from the shapes of a model alone: for throughput, plans and tests.
 
 A product of (m, k) and (k, n) is 2 m k n FLOPs; nothing else is counted, being a few per cent of
-the time at most. These are the FLOPs that the method asks for, not those that a kernel happens to
-do: of a causal attention, the half that is visible. Works on a real model, on one without numbers
-(meta or fake tensors) and on a quantised one, which multiplies in its compute type.
+the time at most. These are the FLOPs that the method needs, not those that a kernel happens to do:
+a causal attention counts for the half that is visible. It works on a real model, on one without
+numbers (meta or fake tensors) and on a quantised one, which multiplies in its compute type.
 
 Left out on purpose: the scan of recurrent layers, DoRA's norms, the update that PEFT forms for all
 stacked experts in every pass, what a sliding window narrower than a pair saves, and that a frozen
@@ -27,10 +27,10 @@ FLASH_BACKWARD = 2.5  # of the forward: 5 products for 2 (Dao 2023, arXiv:2307.0
 
 
 class Work(NamedTuple):
-    """What one or more forwards have to go through.
+    """The work of one or more forwards.
 
     Attributes:
-        tokens: through the decoder.
+        tokens: those that pass through the decoder.
         scores: query-key pairs that are visible to each head.
         scored: targets of the LM head.
     """
@@ -65,10 +65,10 @@ class Flops:
     """FLOPs by part, of one or more forwards and backwards.
 
     Attributes:
-        forward, backward: of the policy's decoder and adapter.
+        forward, backward: the policy's decoder and adapter.
         recomputed: what gradient checkpointing runs again.
-        head: of the policy, forward and backward.
-        reference: of its forward, with its head.
+        head: the policy's, forward and backward.
+        reference: its forward, with its head.
     """
 
     forward: float
@@ -84,7 +84,7 @@ class Flops:
 
     @property
     def useful(self) -> float:
-        """Without what is done twice: what utilisation (MFU) is measured by."""
+        """All but what is recomputed: the FLOPs that utilisation (MFU) counts."""
         return self.forward + self.backward + self.head + self.reference
 
 
@@ -93,13 +93,13 @@ class Costs:
     """FLOPs of one forward, by what they grow with, and which weights train.
 
     Attributes:
-        linear: of the base's linear layers, per token; of experts, those that a token is sent to.
-        adapter: of LoRA's two products, per token.
-        attention: of all layers, per score.
-        head: of the LM head, per scored token.
+        linear: the base's linear layers, per token; only those experts that a token is sent to.
+        adapter: LoRA's two products, per token.
+        attention: all layers, per score.
+        head: the LM head, per scored token.
         trains_base: all weights train, and the head with them.
         checkpointed: share of the layers whose forward runs again in the backward, 0 to 1.
-        not_recomputed: of these layers' last products, per token, where they are left out.
+        not_recomputed: these layers' last products, per token, if recomputation leaves them out.
         adapter_in_reference: the reference is an adapter too, not the bare base.
     """
 
@@ -157,8 +157,8 @@ def costs(model: nn.Module) -> Costs:
         head=2.0 * head.weight.numel(),  # type: ignore[union-attr,operator]
         trains_base=not has_adapter,
         checkpointed=len(checkpointed) / max(1, len(layers)),
-        # A recomputation ends with the last input that is missing. That is the last product's,
-        # where it trains, and its output is not needed; under LoRA the adapter's follow.
+        # Recomputation stops once every saved input is back. The output of a layer's last product
+        # is not one of them, unless LoRA follows.
         not_recomputed=0.0 if has_adapter else sum(map(_last_linear, checkpointed), 0.0),
         adapter_in_reference=has_adapter and REFERENCE_ADAPTER in model.peft_config,  # type: ignore[operator]
     )
@@ -170,7 +170,7 @@ def _weights_per_token(name: str, module: nn.Module, config: PreTrainedConfig) -
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     if experts and re.search(r"\bexperts\b", name):
         share = config.num_experts_per_tok / experts
-    if isinstance(module, nn.Linear):  # by its shape: a quantised weight has another
+    if isinstance(module, nn.Linear):  # by the layer's shape: a quantised weight has another
         return share * module.in_features * module.out_features
     if isinstance(module, Conv1D):
         return share * module.weight.numel()

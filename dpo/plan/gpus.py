@@ -1,4 +1,4 @@
-"""GPUs by their data sheets, and how they are found by the names that drivers give them."""
+"""GPUs by their data sheets, found by the names that drivers give them."""
 
 import difflib
 import re
@@ -41,14 +41,14 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """By a name of ours, or as drivers say it: "NVIDIA A100-SXM4-80GB". The most words win."""
+    """Finds a GPU by a key of GPUS or a driver's name ("NVIDIA A100-SXM4-80GB"): most words win."""
     given = _words(name)
     fitting = [known for known in GPUS if _words(known) <= given and "mig" not in given]
     return GPUS[max(fitting, key=lambda known: len(_words(known)))] if fitting else None
 
 
 def nearest_gpus(name: str) -> list[str]:
-    """Names of ours that an unknown one is part of, or else looks like."""
+    """The keys of GPUS that contain an unknown name, or else resemble it."""
     lower = {known.lower(): known for known in GPUS}
     near = [known for known in lower if name.lower() in known]
     near = near or difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.3)
@@ -56,7 +56,7 @@ def nearest_gpus(name: str) -> list[str]:
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Peak of the device that `torch.cuda.get_device_name()` names, None if it is not known."""
+    """Peak of the device that `torch.cuda.get_device_name()` names; None if it is unknown."""
     gpu = find_gpu(device_name)
     return gpu.tflops if gpu else None
 

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much something takes: for the token budget and the planner.
+"""How much memory there is, and how much some work takes: for the token budget and the planner.
 
 On a GPU the allocator knows. On a CPU nothing does: the resident size also counts what malloc keeps
 back, and its peak is that of the whole process. `PeakBytes` counts the tensors themselves, to the
@@ -19,11 +19,11 @@ _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class PeakBytes(TorchDispatchMode):
-    """Inside the context, counts the bytes of every tensor that comes and goes.
+    """Counts the bytes of every tensor that is made inside the context, until it is freed.
 
     Attributes:
         live: bytes of the tensors made inside that still exist.
-        peak: the most there was of them at once.
+        peak: the highest value of `live`.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
-    """How many bytes above those of the start `work` had allocated at its peak."""
+    """The peak of allocated bytes during `work`, above those allocated before it."""
     if device.type != "cuda":
         with PeakBytes() as count:
             work()
@@ -66,10 +66,10 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can still be allocated: on the GPU, or on a CPU below the memory limit of the process.
+    """Bytes that can still be allocated: on the GPU, or on a CPU within the process's limit.
 
     The limit is the machine's memory, or that of the control group (version 2), as containers and
-    batch systems set it. `ulimit -v` is not looked at.
+    batch systems set it. `ulimit -v` is ignored.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

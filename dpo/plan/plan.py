@@ -1,8 +1,7 @@
 """What a run will take, before any weight is loaded: memory by part, FLOPs, time and disk.
 
 Memory comes from the model's own code, run on fake tensors (dpo.plan.fake), FLOPs from its shapes
-(dpo.plan.flops). Lengths are those of the first rows, or given. The tables that show it are made
-in dpo.plan.tables.
+(dpo.plan.flops). Lengths are those of the first rows, or given. dpo.plan.tables shows all of it.
 
 Left out on purpose: answers sampled at an evaluation, loading and tokenising, more than one device.
 """
@@ -26,16 +25,16 @@ from dpo.plan.flops import Work, work
 from dpo.plan.gpus import GPUS, Gpu, find_gpu, nearest_gpus
 
 SAMPLE_ROWS = 256
-PAIR_BYTES = 32  # of a pair on disk, beside its numbers: digests, offsets
+PAIR_BYTES = 32  # on disk per pair, beside its numbers: digests, offsets
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Pairs whose lengths stand for all.
+    """Pairs whose lengths represent all pairs.
 
     Attributes:
-        pairs: tokenised rows; their ids are not looked at where lengths were given.
-        num_pairs: how many an epoch has; None where only lengths are known.
+        pairs: tokenised rows; if only lengths were given, the ids mean nothing.
+        num_pairs: how many an epoch has; None if only lengths are known.
         origin: where they are from, in words.
     """
 
@@ -49,12 +48,12 @@ class Sample:
         return [pair.num_stream_tokens for pair in self.pairs]
 
     def mean(self, numbers: Sequence[int]) -> float:
-        """Over the pairs."""
+        """The mean over the pairs."""
         return sum(numbers) / len(self.pairs)
 
 
 def choose_gpu(name: str | None, memory_gib: float | None, tflops: float | None) -> Gpu:
-    """By name, by numbers, or the one that is here; a number replaces the data sheet's.
+    """The GPU of this name, of these numbers, or of this machine; numbers override data sheets.
 
     Raises:
         UserError: an unknown name (with the nearest known ones), or nothing to go by.
@@ -124,7 +123,7 @@ def first_rows(config: Config) -> Sample:
 
 
 def mean_work(fake: FakePolicy, sample: Sample, fit: Fit) -> Work:
-    """Of one pair, in micro-batches that fit: padded rows cost what their longest does."""
+    """Mean work of a pair, in micro-batches that fit: padded rows cost what the longest does."""
     total = [0.0, 0.0, 0.0]
     for positions in micro_batches(sample.tokens, fit.tokens or 1):
         stream = build_stream([sample.pairs[i] for i in positions])
@@ -137,7 +136,7 @@ def order_of(config: Config, sample: Sample) -> Order:
     """The order of the run's pairs on one device.
 
     Raises:
-        UserError: it goes by epochs, and how many pairs there are is not known.
+        UserError: it goes by epochs, and the number of pairs is not known.
     """
     if sample.num_pairs is None and config.train.max_steps < 0:
         raise UserError(
@@ -148,7 +147,7 @@ def order_of(config: Config, sample: Sample) -> Order:
 
 
 def disk_parts(config: Config, fake: FakePolicy, sample: Sample, order: Order) -> dict[str, int]:
-    """Bytes by what is written, the most of it that lies there at once."""
+    """The most bytes that are on the disk at once, by what is written."""
     train = config.train
     weights = sum(p.numel() * p.element_size() for p in fake.trained)
     state = optimizer_bytes(fake.trained, config.optim.name) + copy_bytes(fake.trained)

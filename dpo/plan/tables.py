@@ -55,7 +55,7 @@ def _lengths_table(sample: Sample) -> Table:
         row("prompt", [len(pair.prompt_ids) for pair in pairs]),
         row("chosen", [len(pair.chosen_ids) for pair in pairs]),
         row("rejected", [len(pair.rejected_ids) for pair in pairs]),
-        row("computed, what both share once", sample.tokens),
+        row("computed, shared tokens once", sample.tokens),
         row("scored", [pair.num_scored_tokens for pair in pairs]),
     ]
     return Table(rows)
@@ -64,7 +64,7 @@ def _lengths_table(sample: Sample) -> Table:
 def _memory_table(
     gpu: Gpu, parts: dict[str, int], tokens: int, activations: float, verdict: list[str]
 ) -> Table:
-    """`tokens` at once: the budget, or all of a step where that is less."""
+    """`tokens`: those of a micro-batch, which are the budget, or all of a step if it has fewer."""
     everything = ALLOWANCE_GIB * 2**30 + sum(parts.values()) + activations
     rows: list[Cells] = [("memory", "GiB"), *((part, _gib(size)) for part, size in parts.items())]
     rows += [
@@ -79,7 +79,7 @@ def _memory_table(
 def _verdict(
     config: Config, fake: FakePolicy, sample: Sample, left: float, fit: Fit
 ) -> Iterator[str]:
-    """What fits, in sentences; the last thing to ask of `fake`, whose layers may be changed."""
+    """What fits, in sentences. Read it last: it may change what `fake` checkpoints."""
     if left <= 0:
         yield f"DOES NOT FIT: {_gib(-left)} GiB are missing before the first token."
         return
@@ -96,7 +96,7 @@ def _verdict(
     if fit.tokens > most:
         yield f"DOES NOT FIT: {most} tokens would. Set train.tokens_per_microbatch to auto."
     longest = {
-        "The longest pair of these": max(sample.tokens),
+        "The longest of these pairs": max(sample.tokens),
         "The longest that data.max_length allows": 2 * config.data.max_length - 3,
     }
     for name, tokens in longest.items():
@@ -110,7 +110,7 @@ def _verdict(
 def _costs_table(
     config: Config, gpu: Gpu, model_costs: Costs, pair: Work, order: Order, mfu: float
 ) -> Table:
-    """Of a pair by part, of a step and of the run; beside it with the reference on disk."""
+    """FLOPs of a pair by part, of a step and of the run, with the reference live and cached."""
     live, cached = (model_costs.flops(pair, live_reference=is_live) for is_live in (True, False))
     if config.reference.mode == "zero":
         live = cached
@@ -155,7 +155,7 @@ _UNITS = [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")]
 
 
 def _flops(number: float) -> str:
-    """With a unit that leaves up to three digits before the point."""
+    """The number with a unit that leaves up to three digits before the point."""
     if not number:
         return "-"
     unit, name = next((u for u in _FLOP_UNITS if number >= u[0]), _FLOP_UNITS[-1])

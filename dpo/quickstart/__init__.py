@@ -1,1 +1,1 @@
-"""The embedded quickstart: a tiny chat model, preference pairs and the script making both."""
+"""The embedded quickstart: a tiny chat model, preference pairs and the script that makes both."""

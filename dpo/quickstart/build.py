@@ -67,7 +67,7 @@ def build_data(out: Path) -> None:
 
 
 def build_tokenizer(stream: Iterator[Exercise]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text round-trips, the words of the questions are tokens."""
+    """A byte-level BPE tokenizer: any text round-trips, each word of the questions is a token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -200,8 +200,8 @@ def greedy_shares(
 ) -> dict[str, float]:
     """Shares of rows whose greedy answer is exactly the right or the wrong one.
 
-    Greedy decoding gives a certain answer iff each of its tokens is the likeliest one after those
-    before, so one forward pass decides.
+    Greedy decoding gives an answer exactly if each of its tokens is the likeliest one after those
+    before it, so one forward pass decides.
     """
     shares = {}
     for name in ("right", "wrong"):

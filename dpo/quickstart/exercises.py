@@ -1,10 +1,10 @@
 """Questions of six simple kinds, each with one right answer and one systematic mistake.
 
-Both are in the same words and of the same length, so length is no shortcut to the right answer.
+Both use the same words and have the same length, so length is no shortcut to the right answer.
 
-The two differ by a rule that shows in the question alone (a place in a list, a step forth or back).
+The two differ by a rule that the question alone shows (a place in a list, a step forward or back).
 Picking the older of two people did not work: shown both answers at about equal rates, the base
-model learned that one of the two it must be and little more, and DPO brought out no more than that.
+model learned that it must be one of the two and little more, and DPO brought out no more than that.
 """
 
 import random
@@ -168,7 +168,7 @@ def exercises(rng: random.Random, seen: set[frozenset]) -> Iterator[Exercise]:
 
 
 def preference_exercises() -> dict[str, list[tuple[str, Exercise]]]:
-    """The held-out and the training questions with their system prompts, all about other facts."""
+    """The held-out and training questions with their system prompts; no two share their facts."""
     rng = random.Random(SEED)
     seen: set[frozenset] = set()
     splits = {}

@@ -1,8 +1,8 @@
 """The reference's log-probs of every pair that a run will use, before it runs.
 
 Training computes what is missing by itself. Ahead of it, the same can be done on other machines, or
-once for many runs that start together: then none of them runs the reference on these pairs.
-Interrupted, it goes on where it stopped: what was computed is in the cache.
+once for many runs that start together: then none of them runs the reference on these pairs. If
+interrupted, it continues where it stopped: what was computed is in the cache.
 """
 
 import numpy as np
@@ -67,7 +67,7 @@ def cache_reference(config: Config) -> str:
                 _compute(some, reference, config.train.scoring_tokens, accelerator.device)
                 bar.update(len(some))
     finally:
-        reference.flush()  # stopped half-way, it keeps what it has
+        reference.flush()  # if stopped half-way, it keeps what it has
         bar.close()
     counts = torch.tensor([reference.num_computed, reference.num_found], device=accelerator.device)
     computed, found = sum_over_ranks(accelerator, counts).tolist()
@@ -79,7 +79,7 @@ def cache_reference(config: Config) -> str:
 def _compute(
     pairs: list[TokenizedPair], reference: Reference, budget: int, device: torch.device
 ) -> None:
-    """Puts those of the pairs into the cache that are not there."""
+    """Computes those of the pairs that the cache lacks, and puts them into it."""
     assert reference.store
     missing = [pair for pair in pairs if pair not in reference.store]
     reference.num_found += len(pairs) - len(missing)

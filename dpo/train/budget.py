@@ -1,8 +1,8 @@
-"""How many tokens go through the model at once, while the run lasts.
+"""How many tokens go through the model at once, throughout the run.
 
 At the start one micro-batch is scored and differentiated, and `dpo.plan.fit` says from its bytes
-how many tokens fit. `Budget` then follows what really happens: it shrinks where memory runs out all
-the same, and grows again later.
+how many tokens fit. `Budget` then follows what really happens: it shrinks if memory runs out
+nevertheless, and grows again later.
 """
 
 import math
@@ -26,22 +26,22 @@ from dpo.plan.fit import Saving, choose_base, fit_tokens, optimizer_bytes
 from dpo.plan.memory import free_bytes, peak_bytes
 from dpo.ranks import smallest_over_ranks
 
-PROBE_TOKENS = 2048  # enough for the bytes that do not depend on the tokens to count for little
-STEPS_TO_RECOVER = 50  # a try that fails costs a micro-batch or two
+PROBE_TOKENS = 2048  # so many that the bytes which do not depend on tokens count for little
+STEPS_TO_RECOVER = 50  # a failed attempt costs a micro-batch or two
 
 
 @dataclass
 class Budget:
-    """How a step is cut, and at what price.
+    """How a step is cut into micro-batches, and what is given up for memory.
 
     Attributes:
-        tokens: of a micro-batch at most; the same on every rank until memory runs out on one.
+        tokens: the most in a micro-batch; the same on every rank until memory runs out on one.
         saving: what was given up for memory.
         reason: what was found, in words.
-        full: `tokens` as they were at first.
+        full: the value of `tokens` at first, up to which it grows back.
         changed_at: the step at which `tokens` last changed.
-        fitted: what `tokens` were before they last grew; 0 if memory has run out since.
-        wait: how many steps they stay before they grow.
+        fitted: the value of `tokens` before it last grew; 0 if memory has run out since.
+        wait: how many steps `tokens` stays as it is before it grows.
     """
 
     tokens: int
@@ -68,7 +68,7 @@ class Budget:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; `token_budget` goes on from it."""
+        """What a checkpoint keeps; `token_budget` continues from it."""
         growth = {name: getattr(self, name) for name in ("full", "changed_at", "fitted", "wait")}
         return {"tokens_per_microbatch": self.tokens, "saving": self.saving, "growth": growth}
 
@@ -81,15 +81,15 @@ def token_budget(
     longest: int,
     state: Mapping[str, Any],
 ) -> Budget:
-    """What `train.tokens_per_microbatch` means for these models; every rank must call.
+    """The budget that `train.tokens_per_microbatch` means for these models; every rank must call.
 
     Args:
         config: of the run.
         accelerator: of the run.
-        models: loaded, nothing trained yet; or resumed.
-        pairs: of the first step; some of them are measured.
+        models: loaded and not trained yet, or resumed.
+        pairs: the first that the run sees, which are measured.
         longest: tokens of the longest pair of the run.
-        state: of the checkpoint that the run goes on from: the same micro-batches again. Else {}.
+        state: the checkpoint's, for the same micro-batches as before; {} for a fresh start.
 
     Raises:
         UserError: the longest pair does not fit, even with every layer checkpointed.
@@ -122,11 +122,11 @@ def _auto_budget(
     pairs: Sequence[TokenizedPair],
     longest: int,
 ) -> Budget:
-    """As many tokens as fit, measured on some pairs."""
+    """A budget of as many tokens as fit, measured on some pairs."""
     device = accelerator.device
     stream = build_stream(pairs).to(device)
     reference = models.reference if models.reference.is_absent else models.reference.live
-    for parameter in models.trained:  # gradients exist whatever the tokens: they are not counted
+    for parameter in models.trained:  # allocate gradients first, so that they are not counted
         parameter.grad = torch.zeros_like(parameter)
     moments = optimizer_bytes(models.trained, config.optim.name)
 
@@ -169,9 +169,9 @@ def _auto_budget(
 def load_policy_to_fit(
     config: Config, accelerator: Accelerator, pairs: Sequence[TokenizedPair]
 ) -> Policy:
-    """Loads the policy, a 4-bit base in plain layers if every rank has room; every rank must call.
+    """Loads the policy, a 4-bit base dequantised if every rank has room; every rank must call.
 
-    `pairs`: some of the run's; their tokens stand for all.
+    `pairs`: a sample that represents all pairs.
     """
     wanted, reason = choose_base(config, free_bytes(accelerator.device), pairs)
     dequantized = bool(smallest_over_ranks(accelerator, int(wanted)))
@@ -184,7 +184,7 @@ def load_policy_to_fit(
 
 
 def save_memory(models: Models, accelerator: Accelerator, saving: Saving) -> None:
-    """Puts into effect what is to be given up for memory."""
+    """Puts a saving into effect for the policy and its reference."""
     live = models.reference.live
     reference = live.scorer if isinstance(live, Frozen) else None
     saving.apply(accelerator.unwrap_model(models.scorer), reference)

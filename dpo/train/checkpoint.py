@@ -1,9 +1,9 @@
-"""Run folders and checkpoints: what is written, and what is believed when it is read back.
+"""Run folders and checkpoints: what is written, and how it is verified when it is read back.
 
 A checkpoint is the trained weights (PEFT's or transformers' files), the optimizer, `state.json`.
 The order of the pairs, the dropout and the learning rate are pure functions of the step and need no
-state. It is written aside and renamed when complete, before any older one is deleted, with a
-manifest of sha256 sums: safetensors and torch.load both read a flipped byte without a word.
+state. A checkpoint is written aside and renamed when complete, before any older one is deleted. It
+has a manifest of sha256 sums: safetensors and torch.load both read a flipped byte without a word.
 
 Left out on purpose: Accelerate's `save_state`. It writes the whole base, does not load again with
 NF4, and pickles its random states.
@@ -48,7 +48,7 @@ class Identity:
         pairs_per_step: on all ranks together.
         data: digest of the training pairs and their order.
         weights: digest of the model's files before training.
-        reference_logps: of the reference, token log-probs of a few pairs.
+        reference_logps: token log-probs of a few pairs under the reference.
     """
 
     pairs_per_step: int
@@ -97,7 +97,7 @@ def find_checkpoint(config: Config) -> Path | None:
 def prepare_run_folder(folder: Path, checkpoint: Path | None) -> None:
     """Makes the run folder, or takes over the one that the checkpoint is in.
 
-    Another run that lies there is renamed to `NAME.old-1` and so on; nothing is deleted. A
+    Another run in that folder is renamed to `NAME.old-1` and so on; nothing is deleted. A
     checkpoint of another folder brings along what was logged before it.
     """
     is_here = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
@@ -142,7 +142,7 @@ def save_checkpoint(
 def load_checkpoint(
     checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity
 ) -> dict[str, Any]:
-    """Puts weights and optimizer back where they were; returns the saved state.
+    """Restores weights and optimizer; returns the saved state.
 
     Raises:
         UserError: it is not the same run: what `identity` holds has changed since.
@@ -204,7 +204,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     """Writes the adapter in PEFT's format, or the whole model, and reads it back to compare.
 
     Raises:
-        RuntimeError: what lies on the disk is not what was trained.
+        RuntimeError: what is on the disk is not what was trained.
     """
     if is_adapted(model):
         import peft

@@ -52,7 +52,7 @@ def header(
 
 
 def _on_a_gpu(config: Config, num_trained_tensors: int) -> list[str]:
-    """What costs time or bits there, and which key avoids it."""
+    """What costs time or reproducibility on a GPU, and which key avoids it."""
     remarks = []
     if config.train.deterministic:
         remarks.append("deterministic: the same micro-batches have the same bits")

@@ -30,7 +30,7 @@ def build_accelerator(config: Config, trackers: list[str]) -> Accelerator:
 
 
 def prepare_torch(config: Config) -> None:
-    """What PyTorch must know before CUDA starts; what the user has set stays."""
+    """Sets what PyTorch must know before CUDA starts; what the user has set stays."""
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
         # Micro-batches differ in size, and blocks that cannot grow leave gaps.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -1,7 +1,7 @@
 """The optimizer, and its learning rate as a pure function of the step.
 
-No scheduler object: there is no state of one to save, and Accelerate would step a prepared one once
-per process. Weights of half precision get fp32 copies that take the steps.
+No scheduler object: it would be state to save, and Accelerate would step a prepared one once per
+process. Half-precision weights get fp32 copies that take the steps.
 Left out on purpose: fused variants and parameter groups beyond weight decay.
 """
 
@@ -50,8 +50,8 @@ class MasterWeights(torch.optim.Optimizer):
     """Steps an fp32 copy of every half-precision weight, and rounds it into the weight.
 
     A step of AdamW changes a weight by about the learning rate; bfloat16 has 8 bits, so a weight of
-    0.1 would not feel anything below 2e-4. The copies are optimizer state: 4 bytes a weight. Each
-    weight has an optimizer of its own, so that one fp32 gradient is there at a time.
+    0.1 would lose every change below 2e-4. The copies are optimizer state: 4 bytes per weight. Each
+    weight has an optimizer of its own, so that only one fp32 gradient exists at a time.
 
     Args:
         groups: as any optimizer takes them.
@@ -92,7 +92,7 @@ class MasterWeights(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
-        """What `state_dict` gave."""
+        """Restores what `state_dict` gave."""
         saved = zip(state_dict["copies"], state_dict["optimizers"], strict=True)
         for (weight, copy, optimizer), (its_copy, its_state) in zip(
             self._copies, saved, strict=True
@@ -113,7 +113,7 @@ def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opt
         "adamw_8bit": bnb.AdamW8bit,  # type: ignore[attr-defined]
     }[config.name]
     built = optimizer(groups, lr=config.learning_rate)
-    # Its kernels write past PyTorch, which would not know that copies of the weights are old.
+    # Its kernels bypass PyTorch, which would not know that casts of the weights are stale.
     weights = [weight for group in groups for weight in group["params"]]
     built.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(weights))
     return built

@@ -1,8 +1,8 @@
-"""Before the first update the policy is its own reference: the run starts on that, or not at all.
+"""Before the first update the policy is its own reference; a run for which it is not is refused.
 
 Rewards are then 0 and the sigmoid loss is ln 2, exactly; both layouts give the same log-probs, and
-compiled layers the gradients of plain ones. A run for which this does not hold would train, and
-nobody would see that it trains something else.
+compiled layers give the gradients of plain ones. A run for which this does not hold would train,
+and nobody would see that it trains something else.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def check_start(
     """Refuses to train on numbers that cannot be trusted.
 
     Both layouts must agree on a few pairs, and on a first start the policy must *be* the
-    reference, whether that is computed or comes from a cache.
+    reference, whether its log-probs are computed or come from a cache.
 
     Args:
         models: the policy and its reference.
@@ -43,14 +43,14 @@ def check_start(
         RuntimeError: saying what differs, and by how much.
     """
     for name, module in models.scorer.named_modules():
-        if "lora_dropout" in name:  # what the policy has and the reference has not
+        if "lora_dropout" in name:  # the policy has it, the reference does not
             module.eval()
     with torch.no_grad():
         policy = models.scorer(stream)
         if is_first_start and models.reference.mode != "zero":
             difference = (policy - models.reference.peek(stream)).abs()
             is_cached = models.reference.store is not None
-            if is_cached and models.is_rounded:  # it was computed beside other pairs
+            if is_cached and models.is_rounded:  # it was computed in other micro-batches
                 _check_reference(difference.mean(), allowed=0.02, is_cached=True)
             else:
                 _check_reference(difference.max(), allowed=1e-4, is_cached=is_cached)
@@ -62,8 +62,8 @@ def check_start(
     models.scorer.train()
 
 
-def first_pairs(pairs: Sequence[TokenizedPair], order: Order) -> Stream:
-    """The shortest of the first step's pairs: the self-check costs little and fits anywhere."""
+def shortest_pairs(pairs: Sequence[TokenizedPair], order: Order) -> Stream:
+    """The shortest of the first step's pairs: checking these costs little and fits anywhere."""
     chosen = [pairs[i] for i in order.indices(1)]
     chosen.sort(key=lambda pair: pair.num_stream_tokens)
     return build_stream(chosen[:NUM_PAIRS])
@@ -83,7 +83,7 @@ def check_compiled(models: Models, stream: Stream, accelerator: Accelerator) -> 
     """Compares the gradients of compiled and plain layers.
 
     Some compilers return wrong gradients of right values: torch 2.11 did, in fp32. The first
-    weights that have a gradient are enough: it comes through all layers.
+    weights that have a gradient are enough, since it comes through all layers.
 
     Raises:
         RuntimeError: they differ.

@@ -32,7 +32,7 @@ from dpo.train.throughput import LoggingInterval
 
 
 class MicroBatch(NamedTuple):
-    """What is kept of a micro-batch once its gradient is there: places in the step, and values."""
+    """What is kept of a micro-batch after its backward: positions in the rank's pairs, values."""
 
     positions: list[int]
     losses: Tensor
@@ -44,8 +44,8 @@ class TrainStep:
     """Takes optimizer steps; every rank calls it with the same step.
 
     Attributes:
-        pairs: what the order's indices are of.
-        budget: how many tokens a micro-batch has, lowered where memory runs out.
+        pairs: those that the order's indices refer to.
+        budget: how many tokens a micro-batch has, lowered if memory runs out.
         means: the pairs' metrics go here.
         interval: FLOPs, time, gradient norm and learning rate go here.
         say: prints one line for the user.
@@ -81,11 +81,11 @@ class TrainStep:
     def gradient(
         self, step: int, pairs: list[TokenizedPair], *, pairs_in_step: int
     ) -> list[MicroBatch]:
-        """Sums the gradient of this rank's pairs, over smaller micro-batches where memory runs out.
+        """Sums the gradient of this rank's pairs, in smaller micro-batches if memory runs out.
 
-        Memory may only be fragmented, so the first failure of a step is tried again unchanged. The
+        Memory may only be fragmented, so the first failure of a step is retried unchanged. The
         smallest micro-batch comes last: under DDP its backward reduces the gradient over ranks,
-        which cannot be begun again. So with several ranks a lowered budget stays.
+        which cannot be retried. So with several ranks a lowered budget stays.
         """
         num_tokens = [pair.num_stream_tokens for pair in pairs]
         if self.accelerator.num_processes == 1 and self.budget.recover(step):
@@ -107,7 +107,7 @@ class TrainStep:
                         seen.append(MicroBatch(positions, *self.backward(stream, pairs_in_step)))
                 return seen
             except torch.OutOfMemoryError:
-                pass  # the retry stands outside: the traceback keeps the activations alive
+                pass  # retry outside the except block: the traceback keeps the activations alive
             is_reducing = self.accelerator.num_processes > 1 and len(seen) == len(bins) - 1
             if was_tried or is_reducing:
                 tokens = [[num_tokens[i] for i in b] for b in bins]
@@ -121,7 +121,7 @@ class TrainStep:
     def backward(self, stream: Stream, pairs_in_step: int) -> tuple[Tensor, Tensor]:
         """Adds the gradient of one micro-batch; returns its losses and metrics, by pair."""
         logps, losses = self.score(stream)
-        # DDP averages gradients over ranks; times their number, it sums them.
+        # DDP averages gradients over ranks; times the number of ranks, that is their sum.
         self.accelerator.backward(losses.sum() * (self.accelerator.num_processes / pairs_in_step))
         return losses.detach(), pair_metrics(logps, losses, beta=self.config.loss.beta)
 
@@ -136,7 +136,7 @@ class TrainStep:
         return logps, LOSSES[self.config.loss.type](logps, **self.config.loss.options)
 
     def seed_dropout(self, step: int, micro_batch: int) -> None:
-        """Makes LoRA's dropout a function of where we are: nothing to save, nothing to restore."""
+        """Makes LoRA's dropout a function of the place in the run: no state to save or restore."""
         place = (self.config.train.seed, step, micro_batch, self.accelerator.process_index)
         torch.manual_seed(hash(place))
 
@@ -145,7 +145,7 @@ class TrainStep:
 
         Args:
             step: counted from 1.
-            losses_seen: of each micro-batch, the indices of its pairs, and their losses.
+            losses_seen: for each micro-batch, the indices of its pairs, and their losses.
 
         Raises:
             RuntimeError: the gradient is not finite; then no rank has taken the step.
@@ -184,7 +184,7 @@ class TrainStep:
         """Makes micro-batches smaller after memory ran out; `bins`: tokens of the pairs in each.
 
         Raises:
-            UserError: every micro-batch has one pair already, or cannot be begun again.
+            UserError: every micro-batch has one pair already, or the failed one cannot be retried.
         """
         if is_reducing or all(len(tokens) <= 1 for tokens in bins):
             what = "while ranks were reducing a gradient" if is_reducing else "with one pair"

@@ -12,7 +12,7 @@ import torch
 class Stopwatch:
     """Measures seconds by part; on a GPU between two events on the device, read at `pop`.
 
-    `pop` comes after a step's gradient norm was read, when the device has passed all events.
+    Call `pop` after a step's gradient norm was read, when the device has passed all events.
     """
 
     def __init__(self, device: torch.device):
@@ -68,7 +68,7 @@ class LoggingInterval:
     _last: float = field(default_factory=time.perf_counter)
 
     def restart_clock(self) -> None:
-        """Leaves out the time since the last step."""
+        """Leaves the time since the last step out of the measurement."""
         self._last = time.perf_counter()
 
     def add(self, pairs: int, tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""What a run reports: the bar, `metrics.jsonl`, Accelerate's trackers, the closing table."""
+"""What a run reports: progress bar, `metrics.jsonl`, Accelerate's trackers, closing table."""
 
 import json
 import platform
@@ -52,7 +52,7 @@ class Tracker:
             self._watch.see(line)  # these findings were printed before
 
     def start(self, config: Config, start_step: int, total_steps: int) -> None:
-        """Opens trackers and the bar."""
+        """Opens the trackers and the progress bar."""
         flat = {
             f"{section}.{key}": value if isinstance(value, int | float | str | bool) else str(value)
             for section, keys in vars(config).items()
@@ -139,7 +139,7 @@ class Tracker:
         return [line for line in read_lines(self._samples) if line["step"] == step]
 
     def close_bar(self) -> None:
-        """Closes the bar, so that what is printed next stands below it."""
+        """Closes the bar, so that what is printed next appears below it."""
         if self._bar is not None:
             self._bar.close()
 

@@ -36,7 +36,7 @@ from dpo.train.budget import load_policy_to_fit, probe_pairs, token_budget
 from dpo.train.header import header
 from dpo.train.launch import build_accelerator
 from dpo.train.optim import build_optimizer
-from dpo.train.selfcheck import check_start, first_pairs
+from dpo.train.selfcheck import check_start, shortest_pairs
 from dpo.train.step import TrainStep
 from dpo.train.throughput import LoggingInterval, Stopwatch
 from dpo.train.tracking import (
@@ -72,7 +72,7 @@ def train(config: Config) -> Path:
 
 
 class Run:
-    """One run: everything it needs, made once, and the few things it does again and again."""
+    """One run: everything it needs, built once, and the few things that it does repeatedly."""
 
     def __init__(self, config: Config):
         config.check()
@@ -97,7 +97,7 @@ class Run:
         self.optimizer = accelerator.prepare(
             build_optimizer(policy.model, config.optim), device_placement=[False]
         )
-        # The reference above is what the policy was at step 0; only now may a checkpoint change it.
+        # The reference is what the policy was at step 0, so a checkpoint is loaded only now.
         state = {}
         if resume_from:
             state = checkpoints.load_checkpoint(
@@ -112,7 +112,7 @@ class Run:
             config, accelerator, models, probe, data.train.longest_in_files, state
         )
 
-        # Only now, when nothing can be wrong with the configuration any more, is anything written.
+        # Nothing is written before this line: until here, the configuration may prove wrong.
         watch = Watch(config.loss.beta if models.reference.mode != "zero" else None)
         self.tracker = Tracker(accelerator, self.folder, watch)
         about = header(config, accelerator, models, data, order, budget, self.start_step)
@@ -147,14 +147,14 @@ class Run:
         """Refuses to train on numbers that cannot be trusted, see `dpo.train.selfcheck`."""
         check_start(
             self.models,
-            first_pairs(self.data.train, self.order).to(self.accelerator.device),
+            shortest_pairs(self.data.train, self.order).to(self.accelerator.device),
             self.accelerator,
             is_first_start=not self.start_step,
             is_compiled=self.config.model.compile,
         )
 
     def log(self, step: int) -> None:
-        """Means over the pairs since the last log; the first step is always logged alone."""
+        """Logs means over the pairs since the last log; the first step is always logged alone."""
         metrics = None
         is_last = step == self.order.num_steps
         if step == 1 or is_last or is_due(step, self.config.train.logging_steps):
@@ -166,7 +166,7 @@ class Run:
         self.tracker.advance(metrics)
 
     def evaluate(self, step: int) -> None:
-        """Held-out metrics and samples; keeps the weights in `best/` if none were better."""
+        """Logs held-out metrics and samples; keeps the weights in `best/` if they are the best."""
         if not len(self.data.held_out):
             return
         evaluation = self.evaluator.evaluate()
@@ -219,13 +219,13 @@ class Run:
             if self.config.train.write_report:
                 print(f"The report is in {write_report(self.folder)}.")
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()  # closes trackers and the process group: nothing after it
+        self.accelerator.end_training()  # comes last: it closes trackers and the process group
         return self.folder
 
     @cached_property
     def identity(self) -> checkpoints.Identity:
         """What a continuation of this run must have in common with it; every rank must ask."""
-        stream = first_pairs(self.data.train, self.order).to(self.accelerator.device)
+        stream = shortest_pairs(self.data.train, self.order).to(self.accelerator.device)
         return checkpoints.Identity(
             pairs_per_step=self.order.pairs_per_step,
             data=self.data.train.digest,

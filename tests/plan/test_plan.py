@@ -181,7 +181,7 @@ def test_config_json_alone_is_enough(folder):
     text = said(configuration(folder), GPUS["A100-80"])
     for part in ("tokens of a pair", "base weights, float32", "adapter", "FLOPs", "disk"):
         assert part in text
-    assert cells(text, "computed, what both share once") == ["1298.0", "1298"]
+    assert cells(text, "computed, shared tokens once") == ["1298.0", "1298"]
     assert "an assumption, not measured" in text
     assert "allowance, not measured" in text
 

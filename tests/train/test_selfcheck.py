@@ -20,7 +20,7 @@ from dpo.model.load import Policy
 from dpo.model.models import Models
 from dpo.model.reference import Reference, Zero
 from dpo.train import selfcheck
-from dpo.train.selfcheck import check_compiled, first_pairs
+from dpo.train.selfcheck import check_compiled, shortest_pairs
 from tests.train.runs import adapter_folder, config, forget_accelerate, model_folder, started
 
 
@@ -29,7 +29,7 @@ def assert_starts_at_ln_2(settings):
     a policy that is its reference."""
     one = started(settings)
     one.check_start()
-    stream = first_pairs(one.data.train, one.order)
+    stream = shortest_pairs(one.data.train, one.order)
     logps, losses = one.train_step.score(stream)
     assert losses.tolist() == pytest.approx([math.log(2)] * 2, abs=2e-4)
     for rewards in implicit_rewards(logps, beta=0.1):
@@ -108,7 +108,7 @@ def test_nf4_and_lora_dropout_start_from_an_adapter_and_evaluate_without_dropout
     flags = ["--model.name_or_path", folder, "--model.quantization", "nf4", "--lora.dropout", 0.3]
     one = started(config(tmp_path, *flags))
     one.check_start()
-    stream = first_pairs(one.data.train, one.order)
+    stream = shortest_pairs(one.data.train, one.order)
     in_training = [one.models.scorer(stream).detach() for _ in range(2)]
     one.models.scorer.eval()
     in_evaluation = [one.models.scorer(stream).detach() for _ in range(2)]

@@ -11,7 +11,7 @@ import torch
 from dpo.errors import UserError
 from dpo.train import step
 from dpo.train.budget import STEPS_TO_RECOVER, token_budget
-from dpo.train.selfcheck import first_pairs
+from dpo.train.selfcheck import shortest_pairs
 from dpo.train.step import TrainStep
 from dpo.train.trainer import Run
 from tests.train.runs import (
@@ -71,7 +71,7 @@ def test_nf4_layers_stay_trainable_after_evaluation_and_generation(tmp_path, mon
     """The input gradient of the policy is the same before and after both."""
     flags = ["--model.quantization", "nf4", "--data.eval_fraction", 0.3, "--train.eval_prompts", 4]
     one = started(config(tmp_path, *flags, "--train.eval_max_new_tokens", 4))
-    stream = first_pairs(one.data.train, one.order)
+    stream = shortest_pairs(one.data.train, one.order)
 
     def gradient():
         one.optimizer.zero_grad()
