@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# One process is enough for the quickstart; the rest only says what the defaults are, or accelerate
-# prints a page about them.
+# One process is enough for the quickstart; the other flags name accelerate's defaults, about which
+# it would otherwise print a page.
 LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
@@ -14,7 +14,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 train: .venv/installed
 	$(BIN)/accelerate launch $(LAUNCH) scripts/train.py
 
-# The NeuralHermes article in small, a command a stage, as the README shows them.
+# The NeuralHermes article in small, one command a stage, as in the README.
 article: .venv/installed-dev
 	rm -rf runs/article
 	$(BIN)/accelerate launch $(LAUNCH) scripts/train.py --model.quantization nf4 --train.output_dir runs/article
@@ -27,14 +27,14 @@ article: .venv/installed-dev
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# The quick tests, and the compiler's, on the lower bounds of setup.cfg; the rest as pinned. Where no
-# CPU build of that torch is found, pip takes one for CUDA: 3 GB.
+# The quick tests, and the compiler's, on the lower bounds of setup.cfg; other packages are pinned.
+# If no CPU build of that torch is found, pip takes one for CUDA: 3 GB.
 OLDEST := .venv-oldest
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest -n auto --dist loadfile -m "not slow and not distributed and not browser"
 	$(OLDEST)/bin/python -m pytest tests/model/test_compile.py
 
-# The report in Debian's Chromium, which is installed if it is not there: here its absence is a failure.
+# The report in Debian's Chromium, which is installed if it is missing; a skip is a failure here.
 test-browser: .venv/installed-dev
 	command -v chromium || { $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends chromium; }
 	DPO_BROWSER_REQUIRED=1 $(BIN)/python -m pytest -m browser

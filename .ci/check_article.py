@@ -1,4 +1,4 @@
-"""Looks at what `make article` wrote: each stage against the others."""
+"""Checks what `make article` wrote, each stage against the others."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Looks at what `make train` wrote: the promises that the README makes of the quickstart."""
+"""Checks what `make train` wrote against what the README promises of the quickstart."""
 
 import json
 from pathlib import Path

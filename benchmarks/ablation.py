@@ -1,4 +1,4 @@
-"""What each idea of the trainer brings: all of them on, and each of them off.
+"""What each idea of the trainer is worth: all of them on, and each of them off.
 
     python benchmarks/ablation.py --output benchmarks/results/ablation.md
 
@@ -41,7 +41,7 @@ def run_full_logits(race: common.Race, task: common.Task, **keys: Any) -> dict[s
 
 
 def list_variants(task: common.Task, budget: int) -> dict[str, common.Side]:
-    """Each a call that runs it in a process of its own."""
+    """The variants by name; each call runs one in a process of its own."""
     base = {"train__tokens_per_microbatch": budget, "reference__cache": "off"}
     measure = common.measure
     return {

@@ -1,6 +1,6 @@
 """How evenly a step falls on many ranks: a simulation with real lengths and the trainer's own rule.
 
-A step ends when its slowest rank does, so what counts is the mean load of the ranks over the
+A step ends when its slowest rank does, so the figure is the mean load of the ranks over the
 largest. Pairs are drawn from the committed lengths; the trainer's `balance` deals them out, longest
 first, into the emptiest rank. Beside it, what samplers do: the same number of pairs to each rank,
 as they come. Load is FLOPs of Mistral-7B with LoRA r=16 and a live reference.
@@ -23,7 +23,7 @@ LENGTHS = Path(__file__).parent / "orca_lengths.json"
 RANKS = (8, 64, 512, 1024)
 PAIRS_PER_RANK = (2, 4, 16)
 STEPS = 20
-# Mistral-7B, FLOPs a token, a score and a target: PERFORMANCE figures of its config.json.
+# Mistral-7B: FLOPs a token, a score and a target, from the shapes of its config.json.
 MISTRAL = Costs(linear=13.96e9, adapter=0.168e9, attention=0.524e6, head=0.262e9, trains_base=False)
 
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def table() -> str:
-    """Mean over steps of (mean load / largest load), by number of ranks and pairs a rank."""
+    """The mean over steps of mean load / largest load, by number of ranks and pairs a rank."""
     lengths = np.array(json.loads(LENGTHS.read_text())["tokens"])
     rng = np.random.default_rng(0)
     lines = [
@@ -70,7 +70,7 @@ def table() -> str:
 
 
 def flops(lengths: np.ndarray) -> np.ndarray:
-    """Of each (prompt, chosen, rejected), forward, backward and reference."""
+    """FLOPs of each (prompt, chosen, rejected): forward, backward and reference."""
     works = [
         work([Segment(0, prompt, chosen - 1, rejected - 1)], chosen + rejected)
         for prompt, chosen, rejected in lengths.tolist()

@@ -1,8 +1,8 @@
 """What the benchmarks share: the rows, the model, fresh processes watched from outside, tables.
 
-The model is random and small, with the shape of Mistral: what is measured is how the work is
+The model is random and small, with the shape of Mistral: the benchmarks measure how the work is
 organised, not what is learnt. The rows are as long as real preference pairs (`orca_lengths.json`)
-and made of random words, of which the tokenizer makes one token each.
+and made of random words of one token each.
 """
 
 import argparse
@@ -53,17 +53,17 @@ class Task:
 
     @property
     def num_rows(self) -> int:
-        """Warm-up included."""
+        """Rows of the file, the warm-up's included."""
         return len(self.lengths) + WARM_UP_STEPS * PAIRS_PER_STEP
 
     @property
     def num_steps(self) -> int:
-        """Warm-up included."""
+        """Steps of the run, the warm-up's included."""
         return -(-self.num_rows // PAIRS_PER_STEP)
 
     @property
     def order(self) -> list[int]:
-        """Rows of the file, in the order in which `Run`, which shuffles, sees them."""
+        """Row numbers in the order in which `Run` sees them, since it shuffles."""
         order = Order(self.num_rows, PAIRS_PER_STEP, self.num_steps, TrainConfig().seed)
         return [i for step in range(1, self.num_steps + 1) for i in order.indices(step)]
 
@@ -116,7 +116,7 @@ def _write_model(folder: Path, layers: int) -> None:
 
 
 def _row(draw: random.Random, prompt: int, chosen: int, rejected: int) -> dict[str, str]:
-    """Both trainers append the token that ends an answer; the space parts it from the prompt."""
+    """Both trainers append the token that ends an answer; a space separates it from the prompt."""
 
     def words(count: int) -> str:
         return " ".join(f"t{draw.randrange(3, VOCAB)}" for _ in range(count))
@@ -170,7 +170,7 @@ def run_ours(race: "Race", task: Task, **keys: Any) -> dict[str, Any]:
 
 
 def run_cached(race: "Race", task: Task, **keys: Any) -> dict[str, Any]:
-    """The same, the reference's log-probs on disk after one run that is not measured."""
+    """The same, with the reference's log-probs on disk after one run that is not measured."""
     keys["reference__cache"] = str(task.folder / "reference")
     if not (task.folder / "reference").exists():
         train(our_config(task, **keys))
@@ -179,7 +179,7 @@ def run_cached(race: "Race", task: Task, **keys: Any) -> dict[str, Any]:
 
 
 class Race:
-    """What a side reports to: the parent then reads the memory, and this keeps the time.
+    """What a side reports to: it takes the times, and tells the parent when to read the memory.
 
     FLOPs are counted in a run of its own, since counting takes time, over the first step of real
     pairs.
@@ -196,10 +196,10 @@ class Race:
         return WARM_UP_STEPS + 1 if self._counts_flops else task.num_steps
 
     def start(self, model: Any) -> None:
-        """Just before the first step."""
+        """Is called just before the first step."""
         model.get_input_embeddings().register_forward_hook(self._count_tokens)
         weights = (
-            w.detach().float().cpu().numpy()  # bfloat16, as TRL casts some adapters, has none
+            w.detach().float().cpu().numpy()  # NumPy lacks bfloat16, which TRL gives some adapters
             for name, w in model.named_parameters()
             if "lora_" in name
         )
@@ -207,7 +207,7 @@ class Race:
         self.wait()
 
     def wait(self) -> None:
-        """Until the parent has read the resident size, above which growth is counted."""
+        """Waits until the parent has read the resident size, above which growth is counted."""
         self._connection.send("ready")
         self._connection.recv()
 
@@ -215,7 +215,7 @@ class Race:
         self._tokens += inputs[0].numel() if torch.is_grad_enabled() else 0  # not the reference's
 
     def finish_step(self, step: int) -> None:
-        """After each step, its logging included; steps count from 1."""
+        """Is called after each step and its logging; steps count from 1."""
         if step >= WARM_UP_STEPS:
             self._clocks.append((time.perf_counter(), time.process_time()))
         if step == WARM_UP_STEPS and self._counts_flops:
@@ -291,8 +291,8 @@ def _attention_flops(query: Any, key: Any, is_causal: bool, products: int) -> in
     return int(products * 2 * batch * heads * visible * width)
 
 
-# What FlopCounterMode does not know. The CPU's attention leaves out what is_causal hides, half of
-# it, and computes what a mask hides. Forward: 2 products, backward: 5.
+# What FlopCounterMode does not know. The CPU's attention skips the half that is_causal hides, but
+# computes what a mask hides. Forward: 2 products, backward: 5.
 _ATEN: Any = torch.ops.aten
 FORMULAS = {
     _ATEN.addmm_: lambda total, left, right, **_: 2 * left[0] * left[1] * right[1],
@@ -312,7 +312,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--rounds", type=int, default=3, help="of all sides, interleaved")
+    flags.add_argument("--rounds", type=int, default=3, help="rounds of all sides, interleaved")
     flags.add_argument(
         "--threads", type=int, default=os.cpu_count() or 1, help="1 measures processor time"
     )
@@ -321,10 +321,10 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 def add_task_flags(flags: argparse.ArgumentParser) -> None:
-    """The flags of those that train."""
+    """Adds the flags of the benchmarks that train."""
     flags.add_argument("--pairs", type=int, default=32)
     flags.add_argument("--tokens-per-microbatch", type=int, default=1024, help="ours")
-    flags.add_argument("--scale", type=float, default=1.0, help="of all lengths, for a try")
+    flags.add_argument("--scale", type=float, default=1.0, help="of all lengths, for a trial")
     flags.add_argument("--layers", type=int, default=6)
 
 
@@ -345,12 +345,12 @@ def set_environment(threads: int, folder: Path) -> None:
 
 
 def clock(args: argparse.Namespace) -> str:
-    """On one thread processor time, which other processes disturb less."""
+    """The clock that counts: on one thread processor time, which other processes disturb less."""
     return "processor" if args.threads == 1 else "wall"
 
 
 def describe(args: argparse.Namespace, task: Task) -> str:
-    """What was measured, in words, below a table."""
+    """The words below a table: what was measured."""
     prompt, chosen, rejected = (statistics.mean(n) for n in zip(*task.lengths, strict=True))
     return (
         f"Median (lowest to highest) of {args.rounds} interleaved rounds, {clock(args)} time, each "
@@ -396,7 +396,7 @@ def race_table(
 
 
 def provenance(threads: int, packages: Iterable[str]) -> str:
-    """When, on what, with which versions."""
+    """The date, the machine and the versions of a measurement."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     cpu = found[1] if found else platform.machine()

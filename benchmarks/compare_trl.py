@@ -48,7 +48,7 @@ def run_trl(
 ) -> dict[str, Any]:
     """TRL's trainer over the task. `options` are those of its configuration.
 
-    On a GPU with bfloat16, as is its default, an NF4 base, and the article's optimizer and dropout.
+    On a GPU: bfloat16, its default, on an NF4 base, with the article's optimizer and dropout.
     """
     from trl import DPOConfig, DPOTrainer
 
@@ -66,7 +66,7 @@ def run_trl(
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=ours.optim.warmup_steps,
         beta=ours.loss.beta,
-        seed=ours.train.seed,  # of lora_A
+        seed=ours.train.seed,  # draws lora_A
         bf16=on_gpu,
         use_cpu=not on_gpu,
         optim="paged_adamw_32bit" if on_gpu else "adamw_torch_fused",  # the latter: its default
@@ -99,7 +99,7 @@ def run_trl(
 
 
 class _Reports(TrainerCallback):
-    """Logging is the last thing that a step does."""
+    """Reports each step once it is logged, which is the last thing that a step does."""
 
     def __init__(self, race: common.Race):
         self._race = race
@@ -113,7 +113,7 @@ class _Reports(TrainerCallback):
 
 
 def list_sides(task: common.Task, budget: int) -> dict[str, common.Side]:
-    """Each a call that runs it in a process of its own."""
+    """The sides by name; each call runs one in a process of its own."""
     measure, ours = common.measure, {"train__tokens_per_microbatch": budget}
     return {
         **{name: partial(measure, run_trl, task, **keys) for name, keys in TRL_SIDES.items()},
@@ -123,7 +123,7 @@ def list_sides(task: common.Task, budget: int) -> dict[str, common.Side]:
 
 
 def check_agreement(sides: dict[str, dict[str, Any]], task: common.Task) -> str:
-    """Ends the script unless all sides have one adapter and compute one first step."""
+    """Ends the script unless all sides start from one adapter and compute the same first step."""
     first = task.lengths[: common.PAIRS_PER_STEP]
     lengths = {"logps/chosen": [n[1] for n in first], "logps/rejected": [n[2] for n in first]}
     ours = sides[OURS]["logged"][common.WARM_UP_STEPS]

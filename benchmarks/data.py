@@ -1,8 +1,8 @@
-"""Preparing preference rows: how fast, how much memory, and what of it grows with their number.
+"""Preparing preference rows: its speed, its memory, and how both grow with the number of rows.
 
 Rows are made from a generator, in the format of Intel/orca_dpo_pairs, for the packaged tokenizer:
-their lengths in tokens are those of `orca_lengths.json`, divided by --divide where there may be a
-million of them. For a small and a big set, fresh processes tokenise it (cold) and start again with
+their lengths in tokens are those of `orca_lengths.json`, divided by --divide in the sets of up to
+a million. For a small and a big set, fresh processes tokenise it (cold) and start again with
 the tokens in the cache (warm); their memory is read from outside. Then TRL prepares the same rows,
 of full length, and token ids are compared with the template's rendering of the whole text before
 any time counts.
@@ -53,9 +53,9 @@ def main() -> None:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--rows", type=int, default=10_000, help="of the small set")
+    flags.add_argument("--rows", type=int, default=10_000, help="rows of the small set")
     flags.add_argument("--big", type=int, default=1_000_000, help="rows of the big set")
-    flags.add_argument("--divide", type=int, default=8, help="lengths of both sets by this")
+    flags.add_argument("--divide", type=int, default=8, help="divide all their lengths by this")
     flags.add_argument("--sample", type=int, default=4000, help="rows of full length, for TRL")
     flags.add_argument("--rounds", type=int, default=3, help="of ours and TRL, interleaved")
     flags.add_argument("--skip-trl", action="store_true", help="only measure ours")
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def scale(args: argparse.Namespace, folder: Path) -> str:
-    """Both sets, cold and warm."""
+    """Measures both sets, cold and warm."""
     import common
 
     rows = []
@@ -112,7 +112,7 @@ def scale(args: argparse.Namespace, folder: Path) -> str:
 
 
 def write_rows(path: Path, number: int, divide: int) -> None:
-    """Words that are one token each, and the same ones on every call."""
+    """Writes rows of words that are one token each, the same ones on every call."""
     lengths = json.loads(LENGTHS.read_text())["tokens"]
     vocabulary = load_tokenizer().get_vocab()
     words = sorted(word[1:] for word in vocabulary if word[0] == "Ġ" and word[1:].isalpha())
@@ -129,9 +129,9 @@ def write_rows(path: Path, number: int, divide: int) -> None:
 
 @dataclass
 class Watched:
-    """Of one process: seconds of each thing it did, and bytes, read from outside.
+    """What one process did: seconds of each part, and bytes, read from outside.
 
-    `processor` are the seconds that all cores worked for it: a busy machine changes them less.
+    `processor`: seconds that all cores worked for it, which a busy machine changes less.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -142,7 +142,7 @@ class Watched:
 
 
 def watch(task: str, path: Path, cache: Path) -> Watched:
-    """Runs one of TASKS in a fresh process, which stops after each part until it has been seen."""
+    """Runs one of TASKS in a fresh process, which waits after each part to be measured."""
     seen, told = Watched(), []
     with subprocess.Popen(
         [sys.executable, __file__, task, str(path)],
@@ -174,7 +174,7 @@ def watch(task: str, path: Path, cache: Path) -> Watched:
 
 
 def own_memory_of_children(pid: int) -> int:
-    """Bytes that only they have: forked, they share the rest with their parent."""
+    """Bytes that only the children have: forked, they share the rest with their parent."""
     total = 0
     for child in psutil.Process(pid).children():
         try:
@@ -184,11 +184,11 @@ def own_memory_of_children(pid: int) -> int:
     return total
 
 
-# What the processes do. Each yields when a part is done; the first part is what they import.
+# The tasks of these processes. Each yields when a part is done; the first part is its imports.
 
 
 def prepare(path: Path) -> Iterator[None]:
-    """Tokenises."""
+    """Tokenises the rows."""
     tokenizer = load_tokenizer()
     yield
     load(path, tokenizer)
@@ -209,12 +209,12 @@ def start(path: Path) -> Iterator[None]:
 
 
 def load_tokenizer() -> PreTrainedTokenizerBase:
-    """The packaged one: byte-level BPE, ChatML."""
+    """The packaged tokenizer: byte-level BPE, ChatML."""
     return AutoTokenizer.from_pretrained(TOKENIZER)
 
 
 def load(path: Path, tokenizer: PreTrainedTokenizerBase) -> PreferenceData:
-    """Our preparation of the rows; nothing is cut."""
+    """Prepares the rows as our trainer does; nothing is cut."""
     data = DataConfig(name_or_path=str(path), max_prompt_length=10**6, max_length=10**7)
     return load_data(Config(data=data), tokenizer)
 
@@ -243,12 +243,12 @@ def verify(path: Path, with_trl: bool = False) -> Iterator[None]:
 
 
 def verify_both(path: Path) -> Iterator[None]:
-    """The same, TRL's too."""
+    """Compares TRL's ids as well."""
     yield from verify(path, with_trl=True)
 
 
 def prepare_trl(path: Path, num_proc: int | None = None) -> Iterator[None]:
-    """TRL's preparation; its rows are messages already, which it is not charged for."""
+    """TRL's preparation; making messages of its rows is not charged to it."""
     tokenizer, rows = load_tokenizer(), conversations(path)
     import trl.trainer.dpo_trainer  # noqa: F401
 
@@ -284,7 +284,7 @@ def conversations(path: Path) -> datasets.Dataset:
 def prepared_by_trl(
     rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int | None
 ) -> datasets.Dataset:
-    """What `DPOTrainer.__init__` does with its rows; that it drops none saves it a pass."""
+    """What `DPOTrainer.__init__` does with its rows; dropping none saves it a pass."""
     from trl import DPOConfig, DPOTrainer
 
     args = DPOConfig(use_cpu=True, bf16=False, max_length=None, dataset_num_proc=num_proc)
@@ -299,7 +299,7 @@ TASKS = {
 
 
 def run_task(task: str, path: Path) -> None:
-    """In the process that is watched: after each part, says when, and waits until it was seen."""
+    """Runs a task in the watched process; after each part, prints the time and waits."""
     for _ in TASKS[task](path):
         usage = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         processor = sum(u.ru_utime + u.ru_stime for u in usage)
@@ -311,7 +311,7 @@ def run_task(task: str, path: Path) -> None:
 
 
 def against_trl(args: argparse.Namespace, folder: Path) -> str:
-    """Rows a second of both, on the same rows, once their token ids have been found right."""
+    """Rows a second of both on the same rows, once their token ids have been found equal."""
     import common
 
     path = folder / "sample.jsonl"

@@ -4,7 +4,7 @@
 
 Memory is measured at full size, in a fresh process, from outside: forward and backward, the saved
 J and the gradient of the hidden states included. Full logits do not fit there: they are measured
-where they do, and scaled by the tokens. Time and error are measured at that smaller size too.
+with fewer tokens, and scaled. Time and error are measured at that smaller size too.
 """
 
 import argparse
@@ -24,7 +24,7 @@ OURS, PLAIN = "tiles and J", "full logits"
 
 
 def plain_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """As most code computes them: all logits, upcast, log-softmax."""
+    """Log-probs as most code computes them: all logits, upcast, log-softmax."""
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
@@ -45,7 +45,7 @@ def make_inputs(
 def run_head(
     race: common.Race, name: str, dtype: torch.dtype, tokens: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Forward and backward; the second time is measured where there is one."""
+    """Runs forward and backward; where it runs both twice, the second time counts."""
     inputs = make_inputs(dtype, tokens, args)
     race.wait()
     seconds = 0.0
@@ -91,7 +91,7 @@ def count_products(name: str, dtype: torch.dtype, *, trains: bool = False) -> st
 
 
 def measure_dtype(dtype: torch.dtype, args: argparse.Namespace) -> list[list[str]]:
-    """Rows of the table."""
+    """The rows of one type in the table."""
     errors = common.measure(run_errors, dtype, args)
     runs: dict[str, list[dict[str, Any]]] = {OURS: [], PLAIN: []}
     for _ in range(args.rounds):

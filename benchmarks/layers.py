@@ -2,8 +2,8 @@
 
     python benchmarks/layers.py --output benchmarks/results/layers.md
 
-Bytes are counted at the shape of Mistral-7B in bfloat16 with the article's LoRA, on tensors without
-numbers, of which the same is kept. Speed and resident size are those of the trainer on the model of
+Bytes are counted at the shape of Mistral-7B in bfloat16 with the article's LoRA, on fake tensors,
+of which as much is kept. Speed and resident size are those of the trainer on the model of
 `compare_trl.py`, in fresh processes, round after round.
 """
 
@@ -38,14 +38,14 @@ def fake_policy(folder: Path, *, lean: bool, dropout: float) -> FakePolicy:
 def saved_per_token(fake: FakePolicy, *, autocast: bool = False) -> float:
     """Bytes that the second layer keeps of each token; each tensor once, weights not at all.
 
-    Of an adapter's weights the copies in the model's type count as weights: they do not grow with
-    the tokens, and serve all micro-batches of a step.
+    Copies of an adapter's weights in the model's type count as weights: they do not grow with the
+    tokens, and serve all micro-batches of a step.
     """
     layer: Any = fake.base.model.layers[1]  # type: ignore[union-attr,index]
     sizes: dict[int, int] = {}
     own = {tuple(p.shape) for p in fake.base.parameters()}
     weights = own | {shape[::-1] for shape in own}  # copies in another type, transposed ones
-    held = []  # or a storage's place is given to the next
+    held = []  # keeps each storage alive, else the next one may get its address
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tuple(tensor.shape) not in weights:
@@ -84,7 +84,7 @@ def count_bytes() -> dict[tuple[str, float], float]:
 
 
 def race(args: argparse.Namespace) -> str:
-    """Table of speed and resident size, and what it is of."""
+    """The table of speed and resident size, and what was measured."""
     with tempfile.TemporaryDirectory() as folder:
         task = common.prepare(args, Path(folder))
         keys = {

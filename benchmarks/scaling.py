@@ -1,7 +1,7 @@
 """The cost model from 1 GPU to 1,024: arithmetic on shapes and data sheets, nothing of it measured.
 
 Activations and weights are those of the project's own code, run on fake tensors of a few layers and
-carried to all of them; FLOPs are `dpo.plan.flops`. The rest is assumed, and printed with the
+extrapolated to all; FLOPs are `dpo.plan.flops`. The rest is assumed, and printed with the
 tables: one share of the peak, one bandwidth, weights sharded over all GPUs (FSDP2), gathered a
 layer at a time while the one before computes. The trainer itself runs DDP today.
 
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def measure(shape: tuple[int, ...]) -> Model:
-    """Of two shallow models of the shape; every further layer is one more of the same."""
+    """Measures two shallow models of the shape; every further layer costs what the last one did."""
     shallow, deeper = (Probe(shape, layers) for layers in PROBED_LAYERS)
     more = (shape[2] - PROBED_LAYERS[0]) / (PROBED_LAYERS[1] - PROBED_LAYERS[0])
 
@@ -100,7 +100,7 @@ def measure(shape: tuple[int, ...]) -> Model:
 
 
 class Probe:
-    """A model of the shape with few layers, and without numbers."""
+    """A model of the shape with few layers, on fake tensors."""
 
     def __init__(self, shape: tuple[int, ...], layers: int):
         hidden, intermediate, _, heads, kv_heads, vocabulary = shape
@@ -130,7 +130,7 @@ class Probe:
 
 
 def assumptions() -> list[str]:
-    """In words, above the tables."""
+    """The words above the tables."""
     return [
         "# From 1 GPU to 1,024: the cost model",
         "",
@@ -145,7 +145,7 @@ def assumptions() -> list[str]:
 
 
 def per_gpu_gib(model: Model, gpus: int, activations: float) -> float:
-    """Shards, two gathered layers, the head, and the activations of a micro-batch.
+    """GiB of shards, two gathered layers, the head, and the activations of a micro-batch.
 
     The adapter has gradients and two moments, all fp32 and sharded like it.
     """
@@ -155,7 +155,7 @@ def per_gpu_gib(model: Model, gpus: int, activations: float) -> float:
 
 
 def memory_table(models: dict[str, Model]) -> list[str]:
-    """GiB a GPU, by number of GPUs."""
+    """The GiB that a GPU needs, by number of GPUs."""
     lines = [
         "## Memory a GPU, GiB",
         "",
@@ -180,7 +180,7 @@ def memory_table(models: dict[str, Model]) -> list[str]:
 
 
 def time_table(models: dict[str, Model]) -> list[str]:
-    """Days for all pairs, and which share of a step the gathers would take if nothing hid them."""
+    """Days for all pairs, and the time of the gathers over that of the compute that hides them."""
     lines = [
         f"## {NUM_PAIRS:,} pairs once, days, the reference cached",
         "",
@@ -213,7 +213,7 @@ def time_table(models: dict[str, Model]) -> list[str]:
 
 
 def data_table() -> list[str]:
-    """Bytes that grow with the number of pairs."""
+    """The bytes that grow with the number of pairs."""
     prompt, chosen, rejected = LENGTHS
     parts = [
         ("tokens on disk, int32", 4 * (prompt + chosen + rejected) + 32),

@@ -1,4 +1,4 @@
-"""Computes the reference's log-probs of a run's pairs ahead of it, into `reference.cache`.
+"""Computes the reference's log-probs of a run's pairs before the run, into `reference.cache`.
 
 python scripts/cache_reference.py [train.py's flags]
 accelerate launch --num_processes 8 scripts/cache_reference.py --config FILE
@@ -10,7 +10,7 @@ from dpo.cli import parse, run_script
 
 
 def main() -> None:
-    """Prints how many pairs were computed, how many were there, and where."""
+    """Prints how many pairs were computed, how many were cached already, and where."""
     config = parse(prog="scripts/cache_reference.py")
     from dpo.train.ahead import cache_reference
 

@@ -1,6 +1,6 @@
 r"""Measures a finished run: held-out pairs, win rate by a judge, lm-eval; base beside policy.
 
-Writes held_out.json, win_rate.json (with judged.jsonl) and lm_eval.json: those that are measured.
+Writes held_out.json, win_rate.json (with judged.jsonl) and lm_eval.json, each if it is measured.
 
 python scripts/evaluate.py runs/quickstart --judge exact_match
 python scripts/evaluate.py RUN --judge https://api.openai.com/v1 --judge_model MODEL
@@ -35,9 +35,9 @@ def main() -> None:
         "--judge", help="exact_match, MODULE:FUNCTION (prompt, policy, base, chosen -> 0..1) or URL"
     )
     add("--judge_model", help="model at that URL; its key comes from OPENAI_API_KEY")
-    add("--lm_eval", help="open_llm_leaderboard, or names of lm-eval tasks, by commas")
+    add("--lm_eval", help="open_llm_leaderboard, or names of lm-eval tasks, with commas")
     add("--include_path", type=Path, help="folder with the YAML of lm-eval tasks of your own")
-    add("--limit", type=int, help="documents of each lm-eval task; for trying out")
+    add("--limit", type=int, help="most documents of each lm-eval task, for a trial")
     add("--batch_size", type=int, help="answers written, or documents scored, at once")
     add("--output", type=Path, help="folder of the files; default: the run folder")
     parser.set_defaults(**asdict(Options()))

@@ -68,14 +68,14 @@ def arguments() -> argparse.Namespace:
         help=".txt: one a line; .jsonl: prompt, messages or preference rows; -: standard input",
     )
     add("--chat", action="store_true", help="a conversation on the terminal")
-    add("--side", choices=("both", "policy", "base"), help="both, or policy for a model folder")
+    add("--side", choices=("both", "policy", "base"), help="default: both; for a model: policy")
     add("--weights", help="of the run: final (default), best or checkpoint-N")
     add("--system", default="", help="system message for prompts that have none")
     add("--temperature", type=float, default=Sampling.temperature, help="0 is greedy")
     add("--top_p", type=float, default=Sampling.top_p)
     add("--max_new_tokens", type=int, default=Sampling.max_new_tokens)
-    add("--seeds", type=int, nargs="+", default=[0], help="one answer to each prompt for each")
-    add("--batch_size", type=int, default=16, help="memory and speed alone")
+    add("--seeds", type=int, nargs="+", default=[0], help="each gives one answer to each prompt")
+    add("--batch_size", type=int, default=16, help="changes memory and speed alone")
     add("--output", type=Path, metavar="FILE", help="a new .jsonl file, one line a prompt and seed")
     return parser.parse_intermixed_args()
 

@@ -1,4 +1,4 @@
-"""Merges a run's adapter into a model that stands by itself; verifies it; may push it to the hub.
+"""Merges a run's adapter into a standalone model, verifies it, and pushes it to the hub if asked.
 
 python scripts/merge.py runs/quickstart
 python scripts/merge.py RUN --base 16bit --dtype float16       # what the NeuralHermes article does
@@ -20,12 +20,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--output", type=Path, help="folder to write; RUN/merged")
+    parser.add_argument("--output", type=Path, help="folder to write; default: RUN/merged")
     parser.add_argument("--base", choices=BASES, default="auto", help="of a quantised run")
     parser.add_argument("--weights", default="final", help="final, best or checkpoint-N")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: the run's")
-    parser.add_argument("--pairs", type=int, default=64, help="how many are compared")
-    parser.add_argument("--max_shard_size", default="5GB", help="of a safetensors file")
+    parser.add_argument("--pairs", type=int, default=64, help="how many pairs are scored")
+    parser.add_argument("--max_shard_size", default="5GB", help="largest size of a file")
     parser.add_argument("--push_to_hub", metavar="NAMESPACE/NAME", help="token: HF_TOKEN or login")
     parser.add_argument("--public", action="store_true", help="a new repository is public")
     options = parser.parse_args()

@@ -3,8 +3,8 @@
 python scripts/plan.py --gpu A100-80 [--mfu 0.4] [--lengths 250,200,200] [train.py's flags]
 python scripts/plan.py --memory_gib 24 --tflops 71 --config scripts/configs/neuralhermes.yaml
 
-Lengths are those of the first rows of the data, or the mean tokens of prompt, chosen and rejected
-answer that `--lengths` gives: then config.json of the model is all that is read.
+Lengths are those of the data's first rows, or the mean tokens of prompt, chosen and rejected answer
+in `--lengths`: then the model's config.json is all that is read.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
     config = parse(train_flags, prog="scripts/plan.py --gpu NAME [--mfu X] [--lengths P,C,R]")
     gpu = choose_gpu(options.gpu, options.memory_gib, options.tflops)
     if not 0 < options.mfu <= 1:
-        raise UserError(f"--mfu: got {options.mfu}, wanted a share of the peak, as 0.4.")
+        raise UserError(f"--mfu: got {options.mfu}, wanted a share of the peak, such as 0.4.")
     sample = given_lengths(options.lengths) if options.lengths else first_rows(config)
     for table in plan_tables(config, gpu, sample, mfu=options.mfu):
         print(table, flush=True)

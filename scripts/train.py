@@ -9,7 +9,7 @@ from dpo.cli import parse, run_script
 
 
 def main() -> None:
-    """Reads the configuration first: a mistake in it is told at once, before the slow imports."""
+    """Reads the configuration first: mistakes in it are reported before the slow imports."""
     config = parse()
     from dpo.train.trainer import train
 

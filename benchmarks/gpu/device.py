@@ -33,12 +33,12 @@ class Setup:
 
     Attributes:
         device: where it is measured.
-        shape: of a layer and the vocabulary.
-        few_layers: enough to see how fast layers are; all are alike.
-        layers: of the whole model.
+        shape: sizes of a layer and of the vocabulary.
+        few_layers: enough to see how fast layers are, since all are alike.
+        layers: layers of the whole model.
         budgets: tokens of a micro-batch.
-        pairs: of the recipe, warm-up not included.
-        scale: of all lengths.
+        pairs: pairs of the recipe, without the warm-up.
+        scale: factor on all lengths.
         product: rows and columns of the plain product.
     """
 
@@ -53,12 +53,12 @@ class Setup:
 
     @property
     def is_gpu(self) -> bool:
-        """Else it is a try of the scripts, and its numbers mean nothing."""
+        """Whether its numbers mean anything; a CPU only tries the scripts."""
         return self.device.type == "cuda"
 
     @property
     def name(self) -> str:
-        """Of the device, in words."""
+        """The device in words."""
         return torch.cuda.get_device_name() if self.is_gpu else "a CPU, in small: no measurement"
 
 
@@ -104,7 +104,7 @@ class Row(NamedTuple):
 
 
 def write(file: Path | None, row: Row, **details: Any) -> None:
-    """Prints a row, and appends it to the file at once: what comes after may be killed."""
+    """Prints a row, and appends it to the file at once: the process may be killed."""
     print(f"{row.what}: {row.value}", flush=True)
     if file:
         with file.open("a") as lines:
@@ -114,7 +114,7 @@ def write(file: Path | None, row: Row, **details: Any) -> None:
 
 
 def wait(setup: Setup) -> None:
-    """Until the device has done what it was given."""
+    """Waits until the device has done its work."""
     if setup.is_gpu:
         torch.cuda.synchronize()
 
@@ -133,14 +133,14 @@ def seconds(setup: Setup, work: Callable[[], object], times: int = 3) -> float:
 
 @cache
 def product_tflops(setup: Setup) -> float:
-    """Of a plain product of two bfloat16 matrices: what the device really reaches."""
+    """TFLOP/s of a plain product of bfloat16 matrices: what the device really reaches."""
     n = setup.product
     left, right = (torch.randn(n, n, device=setup.device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * n**3 / seconds(setup, lambda: left @ right, times=20) / 1e12
 
 
 def shape_of(setup: Setup, layers: int) -> MistralConfig:
-    """The configuration of a model with so many layers."""
+    """The configuration of a model with this many layers."""
     return MistralConfig(
         **setup.shape,  # type: ignore[arg-type]
         num_hidden_layers=layers,
@@ -173,7 +173,7 @@ def make_policy(
 
 
 def to_nf4(base: nn.Module) -> None:
-    """Every linear layer but the head in 4 bits, as bitsandbytes does on loading."""
+    """Quantises every linear layer but the head, as bitsandbytes does on loading."""
     for parent in [*base.modules()]:
         for name, layer in [*parent.named_children()]:
             if type(layer) is nn.Linear and name != "lm_head":
@@ -210,7 +210,7 @@ def make_streams(setup: Setup, budget: int, count: int = 1) -> list[Stream]:
 
 
 def score_both(policy: Policy, scorer: Scorer, stream: Stream) -> Tensor:
-    """A micro-batch as in training: policy and reference, forward and backward."""
+    """Runs a micro-batch as training does: policy and reference, forward and backward."""
     logps = scorer(stream)
     with torch.no_grad(), adapter_off(policy):
         reference = scorer(stream)
@@ -219,5 +219,5 @@ def score_both(policy: Policy, scorer: Scorer, stream: Stream) -> Tensor:
 
 
 def useful_flops(policy: Policy, stream: Stream) -> float:
-    """What the method asks for of a micro-batch, reference included."""
+    """FLOPs that the method asks for in a micro-batch, reference included."""
     return costs(policy.model).flops(work(stream.segments, len(stream.targets))).useful

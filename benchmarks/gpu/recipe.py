@@ -1,4 +1,4 @@
-"""The article's recipe on random weights of Mistral-7B's shape: each side a process of its own.
+"""The article's recipe on random weights of Mistral-7B's shape; each side is a process of its own.
 
     cd benchmarks && python -m gpu.recipe build FOLDER [--small]
     cd benchmarks && python -m gpu.recipe SIDE FOLDER [--rows rows.jsonl] [--small]
@@ -25,7 +25,7 @@ from torch import nn
 
 from dpo.train.trainer import Run
 
-# By name, what a side has of its own: keys of our configuration; TRL's are in compare_trl.
+# Keys of our configuration that differ, by side; TRL's are in compare_trl.
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, 4 bits kept": {"model__dequantize_base": False},
@@ -34,7 +34,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, deterministic": {"train__deterministic": True},
 }
 TRL = ("TRL, tuned by hand", "TRL, defaults", "TRL, checkpointing off")
-FOUND = "reference found"  # the same steps again, the reference's log-probs known
+FOUND = "reference found"  # the same steps again, with the reference's log-probs cached
 
 
 def task_of(folder: Path, setup: Setup) -> common.Task:
@@ -51,7 +51,7 @@ def build(folder: Path, setup: Setup) -> None:
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     task_of(folder, setup).write(layers=1)  # tokenizer and rows
-    for file in ("config.json", "model.safetensors"):  # or its small model would pass for this one
+    for file in ("config.json", "model.safetensors"):  # else this model would seem to be built
         (folder / "model" / file).unlink()
     shape = shape_of(setup, setup.layers)
     with torch.device("meta"):
@@ -95,16 +95,16 @@ class Clock:
         self.seconds: list[float] = []
 
     def num_steps(self, task: common.Task) -> int:
-        """All of the task's."""
+        """All steps of the task."""
         return task.num_steps
 
     def start(self, model: object) -> None:
-        """From now on the first step's time counts."""
+        """Starts the time of the first step."""
         wait(self._setup)
         self._last = time.perf_counter()
 
     def finish_step(self, step: int) -> None:
-        """After each step, its logging included."""
+        """Is called after each step and its logging."""
         wait(self._setup)
         now = time.perf_counter()
         self.seconds.append(round(now - self._last, 4))
@@ -116,7 +116,7 @@ class Clock:
         return [line for line in logged if "loss" in line]
 
     def row(self, side: str) -> Row:
-        """Of the median step after the two that warm up."""
+        """The row of the median step after the two of warm-up."""
         a_second = common.PAIRS_PER_STEP / statistics.median(self.seconds[2:])
         peak = torch.cuda.max_memory_allocated() / 2**30 if self._setup.is_gpu else 0.0
         minutes = ARTICLE_PAIRS / a_second / 60
@@ -125,19 +125,19 @@ class Clock:
 
 
 def first_step(side: str, logged: list[dict[str, Any]]) -> Row:
-    """Of real pairs, still at the first weights: all sides must say the same."""
+    """The row of the first step of real pairs, at the first weights: all sides must agree."""
     names = ("loss", "grad_norm", "logps/chosen")
     said = " ".join(f"{logged[common.WARM_UP_STEPS][name]:.5g}" for name in names)
     return Row(f"recipe, {side}: first step's {', '.join(names)}", said)
 
 
 def run_ours(side: str, task: common.Task, setup: Setup, say: Callable[..., None]) -> None:
-    """Every step with the reference live; the plain side once more, with its log-probs found."""
+    """Runs all steps with a live reference; side `ours` repeats them with a cached one."""
     began = time.monotonic()
     keys = {
         "model__dtype": "bfloat16",
         "model__quantization": "nf4",
-        "model__dequantize_base": True,  # said, not asked for: the planner takes ten seconds
+        "model__dequantize_base": True,  # not auto, for which the planner takes ten seconds
         "optim__name": "paged_adamw_32bit",
         "lora__dropout": 0.05,
         "reference__cache": str(task.folder / "reference"),
@@ -172,7 +172,7 @@ def run_ours(side: str, task: common.Task, setup: Setup, say: Callable[..., None
 
 
 def run_theirs(side: str, task: common.Task, setup: Setup, say: Callable[..., None]) -> None:
-    """TRL on the same rows and weights."""
+    """Runs TRL on the same rows and weights."""
     from compare_trl import TRL_SIDES, run_trl
 
     clock, began = Clock(setup), time.monotonic()

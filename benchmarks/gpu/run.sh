@@ -3,15 +3,15 @@
 #
 #     bash benchmarks/gpu/run.sh                      # everything, within 530 seconds
 #     bash benchmarks/gpu/run.sh 300 'TRL|variants'   # seconds, and which steps (regular expression)
-#     bash benchmarks/gpu/run.sh --small              # a try on a CPU: its numbers mean nothing
+#     bash benchmarks/gpu/run.sh --small              # a trial on a CPU: its numbers mean nothing
 #
 # Tests marked gpu, then rounding, the article's recipe beside TRL, and where time and memory go.
-# Each step has a limit of its own; what no time is left for, and what fails, is named, and stops
-# nothing else. Under $OUT (runs/gpu) lie summary.txt, a line a step; rows.jsonl, written row by row;
-# log.txt, all that was printed, with tracebacks; and gpu.md, the rows beside their predictions
+# Each step has a time limit of its own; a step that fails, or for which no time is left, is named and
+# stops nothing else. $OUT (runs/gpu) gets summary.txt, a line for each step; rows.jsonl, written row
+# by row; log.txt, everything printed, with tracebacks; and gpu.md, the rows beside their predictions
 # (its minute is part of the time).
-# $WORK keeps the model (4 GB) for the next call on the same machine. The Python that is run is
-# $PYTHON, else that of .venv, else python3; TRL is measured where it is installed.
+# $WORK keeps the model (4 GB) for the next call on the same machine. The script runs $PYTHON, else
+# the Python of .venv, else python3; it measures TRL if that is installed.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 root="$PWD" small=""

@@ -1,4 +1,4 @@
-"""What can only be seen on a GPU, section by section; every row is written when it is there.
+"""What can only be seen on a GPU, section by section; every row is written once it is measured.
 
     cd benchmarks && python -m gpu.sections NAME ... [--rows rows.jsonl] [--small]
 
@@ -44,7 +44,7 @@ from dpo.train.optim import build_optimizer
 
 
 def product(setup: Setup) -> Iterator[Row]:
-    """What all shares below are of."""
+    """The plain product's speed, of which the shares below are."""
     n = setup.product
     yield Row(f"product of {n} x {n}, bfloat16: TFLOP/s", f"{product_tflops(setup):.3g}")
 
@@ -77,7 +77,7 @@ def rounding(setup: Setup) -> Iterator[Row]:
 
 
 def layouts(setup: Setup) -> Iterator[Row]:
-    """Both layouts in bfloat16; and the reference in other micro-batches, which moves as much."""
+    """Both layouts in bfloat16; and the reference in other micro-batches, which differs as much."""
     policy, shared = make_policy(setup, setup.few_layers)
     policy.model.eval()
     padded = Scorer(policy.model, "padded")
@@ -105,7 +105,7 @@ def repeats(setup: Setup) -> Iterator[Row]:
 
     def numbers() -> list[torch.Tensor]:
         policy.model.zero_grad()
-        torch.manual_seed(5)  # of dropout
+        torch.manual_seed(5)  # seeds dropout
         return [score_both(policy, scorer, stream), *(p.grad for p in trained)]  # type: ignore[list-item]
 
     config = Config()
@@ -126,14 +126,14 @@ def repeats(setup: Setup) -> Iterator[Row]:
 
 
 def kept(setup: Setup) -> Iterator[Row]:
-    """Bytes that are there after a forward: of two models, whose layers alone differ in number."""
+    """Bytes that are kept after a forward, from two models that differ only in their layers."""
     (stream,) = make_streams(setup, setup.budgets[0])
     few = max(1, setup.few_layers // 2)
     for name, lean in (("lean", True), ("PEFT's", False)):
         sizes = []
         for layers in (few, 2 * few):
             _, scorer = make_policy(setup, layers, lean=lean)
-            scorer(stream)  # what is made once
+            scorer(stream)  # warm-up: one-off allocations must not count
             if setup.is_gpu:
                 before = torch.cuda.memory_allocated()
                 logps = scorer(stream)
@@ -169,7 +169,7 @@ def budgets(setup: Setup) -> Iterator[Row]:
 
 
 def variants(setup: Setup) -> Iterator[Row]:
-    """One thing other than in `budgets`, at half the largest budget."""
+    """`budgets` with one thing changed, at half the largest budget."""
     budget = setup.budgets[-2]
     others: dict[str, dict[str, bool]] = {
         "PEFT's layers": {"lean": False},
@@ -193,7 +193,7 @@ REST = "element-wise and the rest"
 
 
 def kind_of(kernel: str) -> str:
-    """Of a kernel, by its name, as CUDA 12 and 13 give them."""
+    """The kind of a kernel, by its name under CUDA 12 and 13."""
     name = kernel.lower()
     return next((kind for kind, words in KINDS.items() if any(w in name for w in words)), REST)
 
@@ -242,13 +242,13 @@ SECTIONS: dict[str, Callable[[Setup], Iterator[Row]]] = {
 
 
 def run_sections(names: list[str], setup: Setup, file: Path | None) -> int:
-    """How many of them failed."""
+    """Runs sections; returns how many failed."""
     failures = 0
     for name in names:
         try:
             for row in SECTIONS[name](setup):
                 write(file, row, device=setup.name)
-        except Exception as error:  # the row says it, the log has the rest, the others go on
+        except Exception as error:  # the row says it, the log has the rest, other sections go on
             traceback.print_exc()
             first_line = (str(error).strip() or "no message").splitlines()[0]
             failure = f"FAILED: {type(error).__name__}: {first_line[:200]}"

@@ -2,10 +2,10 @@
 
     cd benchmarks && python -m gpu.sheet [--rows rows.jsonl] [--output results/gpu.md]
 
-A prediction needs no GPU. The model that `plan.py` looks at, whose tensors have no numbers, runs
-one micro-batch through the branches that a GPU takes; each operator takes the longer of its FLOPs
-at the rate of a plain product and its bytes at the bandwidth of the memory. What is assumed stands
-in `Card` and below it, and in the report. A measurement far from its prediction is worth a look.
+A prediction needs no GPU. The model of `plan.py`, on fake tensors, runs one micro-batch through
+the branches that a GPU takes; each operator takes the longer of its FLOPs
+at the rate of a plain product and its bytes at the bandwidth of the memory. The assumptions
+are in `Card`, below it, and in the report. A measurement far from its prediction is worth a look.
 """
 
 import argparse
@@ -37,11 +37,11 @@ from dpo.plan.gpus import GPUS
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU by its data sheet, and what of it can be hoped for.
+    """A GPU by its data sheet, and how much of it can be reached.
 
     Attributes:
-        name: of `dpo.plan.gpus.GPUS`.
-        bandwidth: of its memory, bytes a second.
+        name: its name in `dpo.plan.gpus.GPUS`.
+        bandwidth: its memory's, bytes a second.
         product: share of the peak that a plain product reaches.
         attention: share of the product's rate that flash attention 2 reaches.
         host: seconds that the host takes to launch an operator.
@@ -55,26 +55,26 @@ class Card:
 
     @property
     def tflops(self) -> float:
-        """Of a plain product."""
+        """TFLOP/s of a plain product."""
         return self.product * GPUS[self.name].tflops
 
 
 CARDS = (Card("H100", 3.35e12), Card("H200", 4.8e12))
-WAIT = 30e-6  # of the host for the device, after each tensor that bitsandbytes steps
+WAIT = 30e-6  # seconds that the host waits after each tensor that bitsandbytes steps
 FUSED = 0.5  # share of the element-wise bytes that is left where layers are compiled
-DETERMINISTIC = 1.5  # times as long attention's backward takes in one order
+DETERMINISTIC = 1.5  # factor on the time of attention's backward if it sums in one order
 FORMULAS = flop_registry | {op: shape_wrapper(own) for op, own in common.FORMULAS.items()}
-NF4_BYTES = 0.5 + 4 / 64 + 2  # of a weight, read in 4 bits and written in 16
+NF4_BYTES = 0.5 + 4 / 64 + 2  # bytes moved for a weight, read in 4 bits and written in 16
 
 
 @dataclass
 class Cost:
-    """What micro-batches ask of a device. Bytes are of what is bound by memory, FLOPs of the rest.
+    """What micro-batches ask of a device: bytes where memory is the bound, FLOPs elsewhere.
 
     Attributes:
-        flops: of products, by what each reads and writes at least.
-        bytes: of everything else.
-        scores: FLOPs of attention's forward, of policy and reference; and of its backward.
+        flops: FLOPs of products that compute more than they move.
+        bytes: bytes that everything else moves, attention apart.
+        scores, scores_backward: attention's FLOPs, forward (policy and reference) and backward.
         kernels: operators that are launched.
         dequantised: weights that are formed from 4 bits.
         useful: FLOPs that the method asks for.
@@ -103,7 +103,7 @@ class Cost:
         return max(sum(self.parts(card, nf4=nf4).values()), self.kernels * card.host)
 
     def tflops(self, card: Card, *, nf4: bool = False) -> str:
-        """Of what the method asks for, and the share of a plain product's rate."""
+        """TFLOP/s of what the method asks for, and its share of a plain product's rate."""
         return share(self.useful / self.seconds(card, nf4=nf4) / 1e12, card.tflops)
 
 
@@ -171,15 +171,15 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 class Traced:
-    """The article's policy on a model without numbers, and what its micro-batches cost.
+    """The article's policy on fake tensors, and what its micro-batches cost.
 
-    Layers are alike: models of one and of two tell what any number of them costs.
+    Layers are alike: models of one and of two layers tell what any number of them costs.
 
     Args:
-        setup: shape of the model.
-        lean: layers that keep little; else PEFT's.
-        trl: as TRL does it: PEFT's layers, and every answer a padded row.
-        checkpointed: activations are computed again.
+        setup: the shape of the model.
+        lean: lean layers, else PEFT's.
+        trl: what TRL does: PEFT's layers, and every answer is a padded row.
+        checkpointed: whether activations are computed again.
     """
 
     def __init__(
@@ -199,29 +199,29 @@ class Traced:
     def cost(
         self, pairs: Sequence[TokenizedPair], layers: int, *, live_reference: bool = True
     ) -> Cost:
-        """Of one micro-batch: policy and reference, forward and backward."""
+        """The cost of one micro-batch: policy and reference, forward and backward."""
         one, two = (_cost(fake, pairs, live_reference) for fake in self._fakes)
         fields = zip(vars(one).values(), vars(two).values(), strict=True)
         return Cost(*(of_one + (layers - 1) * (of_two - of_one) for of_one, of_two in fields))
 
     def bytes(self, pairs: Sequence[TokenizedPair], layers: int) -> float:
-        """At the peak of a micro-batch, beyond weights and gradients: what `plan.py` says."""
+        """Bytes at a micro-batch's peak, beyond weights and gradients, as `plan.py` has them."""
         with as_on_a_gpu():
             one, two = (fake.step_bytes(pairs) for fake in self._fakes)
         return one + (layers - 1) * (two - one)
 
     def kept(self, pairs: Sequence[TokenizedPair]) -> float:
-        """KiB of a token that a layer keeps."""
+        """KiB that a layer keeps of a token."""
         tokens = sum(pair.num_stream_tokens for pair in pairs)
         return (self.bytes(pairs, 2) - self.bytes(pairs, 1)) / tokens / 1024
 
     def base_bytes(self, layers: int) -> float:
-        """Of the base's weights in 16 bits."""
+        """Bytes of the base's weights in 16 bits."""
         one, two = (fake.base_bytes() for fake in self._fakes)
         return one + (layers - 1) * (two - one)
 
     def num_trained(self, layers: int) -> int:
-        """How many tensors train."""
+        """The number of trained tensors."""
         return layers * len(self._fakes[0].trained)
 
 
@@ -342,12 +342,12 @@ def predict_recipe(setup: Setup) -> dict[str, Prediction]:
 
 
 def in_one_order(cost: Cost) -> Cost:
-    """Where attention's backward may not sum as it comes."""
+    """The cost if attention's backward sums in one order."""
     return replace(cost, scores_backward=cost.scores_backward * DETERMINISTIC)
 
 
 def fused(cost: Cost) -> Cost:
-    """Where layers are compiled."""
+    """The cost if layers are compiled."""
     return replace(cost, bytes=cost.bytes * FUSED)
 
 
@@ -394,7 +394,7 @@ padded rows, on a base that is dequantised in every pass, without what its autoc
 
 
 def ratios(column: dict[str, str]) -> str:
-    """How often each of TRL's speeds goes into ours."""
+    """How many times as fast as each side of TRL ours is."""
     ours = column.get("recipe, ours: pairs/s", "")
     theirs = {name: column.get(f"recipe, {name}: pairs/s", "") for name in TRL}
     return "; ".join(
@@ -411,7 +411,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     flags.add_argument("--rows", type=Path, help="written by sections and recipe")
     flags.add_argument("--output", type=Path, help="write the report there too")
-    flags.add_argument("--small", action="store_true", help="of the try on a CPU")
+    flags.add_argument("--small", action="store_true", help="for the trial on a CPU")
     args = flags.parse_args(argv)
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows else []
     rows = [row for row in rows if row["device"] == rows[-1]["device"]]  # one column is one device

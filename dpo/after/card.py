@@ -1,4 +1,4 @@
-"""A model card: the facts, from what the run wrote, in the words of card.md.j2."""
+"""The card of a merged model: facts from the run folder, in the words of card.md.j2."""
 
 import json
 import re
@@ -78,16 +78,16 @@ def write_run_card(
 
 
 def hub_id(name: str, location: str) -> str | None:
-    """`name` where it is a hub id, None where it is a file or a folder of this machine.
+    """`name` if it is a hub id, None if it is a local file or folder.
 
-    A name that would be both is the folder, as it is for the loaders.
+    A name that could be both means the folder, as it does for the loaders.
     """
     is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
     return name if is_id and not Path(location).exists() else None
 
 
 def base_licence(base: ModelConfig) -> dict[str, str]:
-    """The licence fields of the base's own card; empty where it has none, or cannot be read."""
+    """The licence fields of the base's own card; empty if it has none or cannot be read."""
     from httpx2 import HTTPError
     from huggingface_hub import ModelCard, hf_hub_download
 
@@ -102,7 +102,7 @@ def base_licence(base: ModelConfig) -> dict[str, str]:
 
 
 def write_card(folder: Path, header: dict[str, Any], facts: dict[str, Any]) -> None:
-    """README.md: a YAML header that the hub reads, and the facts, in the words of the template."""
+    """Writes README.md: a YAML header for the hub, and the facts in the words of the template."""
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(**header)
@@ -111,7 +111,7 @@ def write_card(folder: Path, header: dict[str, Any], facts: dict[str, Any]) -> N
 
 
 def public_name(name: str, location: str) -> str:
-    """A hub id with its link; of a file or folder only the name: the rest is somebody's machine."""
+    """A hub id with its link; for a file or folder only its name, since its path is private."""
     if hub_id(name, location):
         return f"[{name}](https://huggingface.co/{name})"
     packaged = location != name
@@ -124,11 +124,11 @@ def _dataset_name(source: DataSource) -> str:
 
 
 def _settings(config: Config) -> list[tuple[str, str]]:
-    """(key, value) of what was set, and is not a path."""
+    """(key, value) of every key of `_SHOWN` that applies and has a value."""
     nested = asdict(config)
     unused = {"none": ("lora",), "lora": ()}[config.model.adapter]
     return [
-        (f"{section}.{key}", str(nested[section][key]).replace("|", "\\|"))  # it goes in a table
+        (f"{section}.{key}", str(nested[section][key]).replace("|", "\\|"))  # for a Markdown table
         for section, keys in _SHOWN.items()
         for key in keys.split()
         if section not in unused and nested[section][key] is not None
@@ -136,7 +136,7 @@ def _settings(config: Config) -> list[tuple[str, str]]:
 
 
 def _step(logs: RunLogs, weights: Path) -> int | None:
-    """After which step these weights were kept; None where nothing says it."""
+    """The step after which these weights were saved; None if no file says so."""
     if (step := checkpoint_step(weights)) is not None:
         return step
     if weights.name == run_folder.BEST:
@@ -145,7 +145,7 @@ def _step(logs: RunLogs, weights: Path) -> int | None:
 
 
 def _results(logs: RunLogs, step: int | None) -> list[tuple[str, str, str]]:
-    """(metric, before, after) on held-out pairs; empty where these weights were not evaluated."""
+    """(metric, before, after) on held-out pairs; empty if these weights were not evaluated."""
     at = {line.get("step"): line for line in logs.evaluations}
     if step is None or not {0, step} <= at.keys():
         return []
@@ -157,7 +157,7 @@ def _results(logs: RunLogs, step: int | None) -> list[tuple[str, str, str]]:
 
 
 def _samples(logs: RunLogs, step: int | None) -> list[dict[str, str]]:
-    """The first prompts, with the greedy answers before training and of these weights."""
+    """The first prompts, with the greedy answers before training and by these weights."""
     before, after = ({s["index"]: s for s in logs.samples if s["step"] == at} for at in (0, step))
     return [
         {

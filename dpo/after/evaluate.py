@@ -1,8 +1,8 @@
 """Measures a finished run: held-out pairs, win rate by a judge, lm-eval; base beside policy.
 
-"Base" is the model before training: for a run that started from an adapter, with that adapter. It
-is the reference, unless the run had none; then rewards are the policy's own log-probs, as in
-training, and the KL is that to the model before training.
+"Base" is the model before training, with the adapter that the run started from, if any. It is the
+reference, unless the run had none: rewards are then beta times the policy's own log-probs, as in
+training, and the KL is measured to the model before training.
 """
 
 import json
@@ -90,8 +90,8 @@ def evaluate_run(folder: Path, options: Options) -> Iterator[str]:
     """Measures part by part; writes each part to its own file at once, and yields its tables.
 
     A file says which weights were measured, with which options and versions. A value that is not
-    finite does not lose the others: it is written as NaN or Infinity, which Python reads and strict
-    JSON lacks.
+    finite does not cost the others: it is written as NaN or Infinity, which Python reads and strict
+    JSON does not know.
 
     Raises:
         UserError: an option that cannot be honoured, or no pairs to measure on.
@@ -137,7 +137,7 @@ def _written(output: Path, part: str, results: dict[str, Any]) -> Iterator[str]:
     text = json.dumps(results, indent=1)
     file.write_text(text + "\n")
     yield from map(str, evaluation_tables({part: results}))
-    yield f"All of it is in {file}."
+    yield f"All numbers are in {file}."
     not_finite: list[str] = []
     json.loads(text, parse_constant=not_finite.append)
     if not_finite:
@@ -145,7 +145,7 @@ def _written(output: Path, part: str, results: dict[str, Any]) -> Iterator[str]:
 
 
 def _pairs(finished: FinishedRun, options: Options) -> tuple[Pairs, str]:
-    """The run's held-out pairs, or those of a file under the run's template; and what they are."""
+    """The run's held-out pairs, or those of a file under the run's template; and a description."""
     if options.data_path is None:
         return finished.data.held_out, "held out by the run"
     data = replace(

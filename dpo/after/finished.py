@@ -1,7 +1,7 @@
 """A finished run, loaded again: the policy with its trained weights, and what it was before.
 
-Merging, generating and evaluating start from a run folder, which says everything: the model, the
-rows, the template. So nothing has to be named again, or could be named differently.
+Merging, generating and evaluating start from a run folder, which records everything: the model,
+the rows, the template. So nothing has to be named again, and nothing can be named differently.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ def read_run(folder: Path) -> Config:
     """The configuration of a finished run.
 
     Raises:
-        UserError: there is none.
+        UserError: the folder holds none.
     """
     if not (folder / run_folder.CONFIG).exists() or not (folder / run_folder.FINAL).is_dir():
         raise UserError(
@@ -76,7 +76,7 @@ class FinishedRun:
 
     @cached_property
     def reference(self) -> Reference:
-        """What the run was trained against."""
+        """The reference that the run was trained against."""
         mode = choose_mode(self.config.reference.mode, self.policy)
         if mode == "frozen":
             assert self._before is not None
@@ -98,7 +98,7 @@ class FinishedRun:
         return load_data(self.config, self.tokenizer)
 
     def some_pairs(self, wanted: int) -> tuple[Sequence[TokenizedPair], str]:
-        """Up to `wanted` held-out pairs, evenly over all of them; and what they are, in words.
+        """Up to `wanted` held-out pairs, spread evenly over all; and what they are, in words.
 
         A run that held nothing out, like the article's, gives pairs that it trained on.
         """

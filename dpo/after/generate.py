@@ -1,4 +1,4 @@
-"""What scripts/generate.py does: loads the models that answer, and asks them, in batches or a chat.
+"""The work of scripts/generate.py: loads models, and lets them answer in batches or in a chat.
 
 A run folder gives two speakers from one loaded model: the policy, and the base, which is what the
 policy was before training. A model folder, such as a merged model, gives the policy alone.
@@ -41,8 +41,8 @@ def check_request(
     """Refuses, before any work, what cannot be done.
 
     Raises:
-        UserError: a conversation with prompts, a file or several seeds; an output file that is
-            there already, or cannot be written; no batch size.
+        UserError: a conversation with prompts, a file or several seeds; an output file that
+            exists or cannot be written; a batch size below 1.
     """
     too_much = {"prompts": has_prompts, "--output": output, "more than one of --seeds": seeds[1:]}
     for what in (name for name, given in too_much.items() if is_chat and given):
@@ -195,10 +195,10 @@ def answers(
     sampling: Sampling,
     batch_size: int,
 ) -> Iterator[dict[str, Any]]:
-    """One record for each prompt and seed: the prompt, the answer of each side, and how.
+    """One record for each prompt and seed: the prompt, each side's answer, and the sampling.
 
     Raises:
-        UserError: a prompt that cannot be answered; before the first answer.
+        UserError: a prompt cannot be answered; raised before the first answer.
     """
     tokens = [speakers.tokenize(prompt, sampling.max_new_tokens) for prompt in prompts]
     asked = [(i, seed) for i in range(len(prompts)) for seed in seeds]
@@ -213,7 +213,7 @@ def answers(
 
 
 def write_answers(file: Path, records: Iterator[dict[str, Any]], total: int) -> None:
-    """Writes each record as a line of JSON as soon as it is there; a terminal shows a bar.
+    """Writes each record as a line of JSON as soon as it is ready; a terminal shows a bar.
 
     The file is made after the first record, so prompts that cannot be answered leave none behind.
     """
@@ -278,7 +278,7 @@ def _take_turn(
     seed: int,
     sampling: Sampling,
 ) -> None:
-    """Lets each side answer, and adds the turn to its history, unless it cannot be answered."""
+    """Lets each side answer and adds the turn to its history; or says why it cannot."""
     turn = {"role": "user", "content": said}
     try:
         tokens = {

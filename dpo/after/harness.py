@@ -65,7 +65,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[L
     """Finds tasks and suites by name, in `include_path` first, and reads their documents.
 
     Raises:
-        UserError: lm-eval is not installed, a name is unknown, or documents cannot be had.
+        UserError: lm-eval is not installed, a name is unknown, or documents cannot be loaded.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -115,7 +115,7 @@ def run_harness(
     """Runs every task on policy and base; only the first `limit` documents of each, if given.
 
     Returns:
-        `rows`: one a task and metric, see `compare`; `tables`: lm-eval's own, by model.
+        `rows`: one per task and metric, see `compare`; `tables`: lm-eval's own, by model.
     """
     from lm_eval.utils import make_table
 
@@ -164,7 +164,7 @@ def compare(task: LoadedTask, base: dict[str, Any], policy: dict[str, Any]) -> l
 
     If the metric is a mean over documents, the error is that of the differences document by
     document (`is_paired`), so what is hard for both models cancels. Else the two models' own errors
-    are added in squares, as if they had answered different documents; None if there are none.
+    are added in quadrature, as if they had answered different documents; None if there are none.
     """
     names = base["groups"] if base.get("groups") else base["results"]
     rows = []
@@ -206,7 +206,7 @@ def _metrics(values: dict[str, Any], wanted: str | None) -> list[str]:
 
 
 def _by_document(results: dict[str, Any], name: str, metric: str) -> np.ndarray:
-    """A score per document; empty where the metric has none, or none that is a number."""
+    """A score per document; empty unless every document has one that is a number."""
     key, chosen_filter = metric.split(",")
     values = [
         sample.get(key)
@@ -218,7 +218,7 @@ def _by_document(results: dict[str, Any], name: str, metric: str) -> np.ndarray:
 
 
 def _leaves(results: dict[str, Any], name: str) -> list[str]:
-    """The tasks of a group, of its groups too; of a task, itself."""
+    """The tasks of a group and of the groups inside it; a task is its own only leaf."""
     inside = results["group_subtasks"].get(name)
     return [leaf for child in inside for leaf in _leaves(results, child)] if inside else [name]
 

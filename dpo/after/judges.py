@@ -226,7 +226,7 @@ def load_judge(name: str, model: str | None = None) -> FunctionJudge | EndpointJ
 def judge_all(
     judge: FunctionJudge | EndpointJudge, answers: Sequence[JudgedAnswers], file: Path
 ) -> list[Verdict]:
-    """A verdict on each; every verdict is written to `file` at once, for a person to read."""
+    """A verdict on each; every one is written to `file` at once, for a person to read."""
     verdicts = []
     with file.open("w", encoding="utf-8") as lines:
         for one, verdict in zip(answers, _verdicts(judge, answers), strict=True):

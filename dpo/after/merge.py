@@ -1,8 +1,8 @@
-"""A finished run to a merged model: scored as trained, merged, scored again, written, read back.
+"""Merges a finished run: scores the policy, merges, scores again, writes, and reads back.
 
 The measure is the log-prob of every answer token, under the trained policy and under the merge. A
-machine that holds the model once is enough: the policy is scored and let go before a base is
-loaded, each merge before the next, and the last before it is read back from the disk.
+machine that holds the model once is enough: the policy is scored and freed before a base is
+loaded, each merge before the next, and the last one before it is read back from the disk.
 """
 
 import gc
@@ -52,12 +52,12 @@ class Trained:
         config: the run's.
         weights: folder of the trained weights.
         tokenizer: the run's.
-        pairs: what is scored; `pairs_are` says what they are.
-        dtype: type of the weights that are not quantised.
+        pairs: the scored pairs; `pairs_are` describes them.
+        dtype: the type of the weights that are not quantised.
         device: where models are scored.
-        layout: of the scorer, the same for every model.
+        layout: the scorer's, the same for every model.
         policy: scores with the adapter.
-        bare: scores of the same model without any adapter; None where every weight was trained.
+        bare: scores of the same model without any adapter; None if every weight was trained.
     """
 
     config: Config
@@ -77,23 +77,23 @@ class Trained:
         return choose_template(self.tokenizer, self.config.data.chat_template)
 
     def score(self, model: nn.Module) -> Scores:
-        """Another model on the same pairs, by the same path."""
+        """Scores another model on the same pairs, in the same way."""
         scorer = Scorer(model, attention=self.layout)
         return score(scorer, self.pairs, self.config.train.scoring_tokens)
 
     def measure(self, model: nn.Module, base: Scores | None) -> MergeError:
-        """Another model against the policy; `base` as in `merge_error.measure`."""
+        """Compares another model with the policy; `base` as in `merge_error.measure`."""
         return measure(self.policy, self.bare, self.score(model), base)
 
     def epsilon(self, dtype: torch.dtype) -> float:
-        """Of the coarsest type of the run and of a merge of that type."""
+        """The largest machine epsilon of the run's types and of a merge of type `dtype`."""
         epsilons = [torch.finfo(kind).eps for kind in (self.dtype, dtype)]
         if self.config.model.quantization == "int8":
             epsilons.append(_INT8_EPSILON)
         return max(epsilons)
 
     def allowed(self, dtype: torch.dtype, base: Scores | None) -> float:
-        """The largest mean error of a merge of that type into that base."""
+        """The largest mean error that a merge of type `dtype` into that base may have."""
         effect = self.policy.apart(self.bare) if self.bare else 0.0
         apart = base.apart(self.bare) if base and self.bare else 0.0
         return allowed(effect, self.epsilon(dtype), apart)
@@ -110,20 +110,20 @@ def merge_run(
     max_shard_size: str = "5GB",
     say: Callable[[str], object] = print,
 ) -> None:
-    """Merges a run's adapter and writes the model that stands by itself, verified.
+    """Merges a run's adapter and writes the standalone model, verified.
 
     Args:
         folder: the run folder.
-        output: where the model goes; it must not exist, and does not until all is verified.
+        output: where the model goes; it must not exist, and is made only after verification.
         weights: `final`, `best` or `checkpoint-N`.
         base: `dequantized` or `16bit`, for a quantised run; auto takes the first.
-        dtype: type of the merged weights; auto takes the run's.
+        dtype: the type of the merged weights; auto takes the run's.
         num_pairs: how many pairs are scored.
-        max_shard_size: of a safetensors file.
-        say: takes the account, piece by piece.
+        max_shard_size: the largest size of a safetensors file.
+        say: is called with each line of the account.
 
     Raises:
-        UserError: no such run or weights, an output that exists, a base that the run has not.
+        UserError: no such run or weights, an output that exists, a base that the run does not have.
         RuntimeError: the merged model is not the trained policy; nothing of it is left.
     """
     bases = choose_bases(read_run(folder), base)
@@ -132,9 +132,9 @@ def merge_run(
     merged_dtype = trained.dtype if dtype == "auto" else getattr(torch, dtype)
     say(_introduction(trained, merged_dtype))
     errors: dict[str, MergeError] = {}
-    for which in reversed(bases):  # the one that is written comes last, and stays
+    for which in reversed(bases):  # the one that is written comes last
         model = None
-        gc.collect()  # models are full of cycles; the trained policy goes here, too
+        gc.collect()  # models contain reference cycles, the trained policy's among them
         model, base_scores = build_merged(trained, which, merged_dtype)
         errors[which] = trained.measure(model, base_scores)
         say(errors[which].row(which))
@@ -148,7 +148,7 @@ def merge_run(
         gc.collect()
         errors["read back"] = trained.measure(_load_saved(trained, unfinished), base_scores)
         say(errors["read back"].row("read back"))
-        same = 1.05 * errors[bases[0]].mean + 1e-5  # but for a device that adds in another order
+        same = 1.05 * errors[bases[0]].mean + 1e-5  # a device may add in another order
         refuse_wrong(errors["read back"], same, epsilon, "read back from the disk")
         _describe(trained, unfinished, bases[0], _name(merged_dtype), errors)
         os.rename(unfinished, output)
@@ -159,7 +159,7 @@ def choose_bases(config: Config, base: str) -> list[str]:
     """The bases that are merged into and measured; the first is the one that is written.
 
     Raises:
-        UserError: a choice of base for a run that has but one.
+        UserError: a choice of base for a run that has only one.
     """
     model = config.model
     if model.quantization == "none":
@@ -173,7 +173,7 @@ def choose_bases(config: Config, base: str) -> list[str]:
 
 
 def check_options(output: Path, num_pairs: int, max_shard_size: str) -> None:
-    """Refuses, before any work, what would fail in the end.
+    """Refuses, before any work, options that would fail at its end.
 
     Raises:
         UserError: the output exists or cannot be made, or a number makes no sense.
@@ -198,7 +198,7 @@ def check_options(output: Path, num_pairs: int, max_shard_size: str) -> None:
 
 
 def score_trained(folder: Path, weights: str, num_pairs: int) -> Trained:
-    """The trained policy's scores; its weights are let go."""
+    """Scores the trained policy, whose weights are freed afterwards."""
     run = FinishedRun(folder, weights)
     pairs, pairs_are = run.some_pairs(num_pairs)
     model, budget, bare = run.policy.model, run.config.train.scoring_tokens, None
@@ -222,7 +222,7 @@ def score_trained(folder: Path, weights: str, num_pairs: int) -> Trained:
 def build_merged(
     trained: Trained, which: str, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, Scores | None]:
-    """The merged model, freshly loaded, in eval mode; and its base's scores, if that is another."""
+    """The merged model, freshly loaded, in eval mode; and its base's scores, if that differs."""
     if which == "trained":  # every weight: there is no adapter to merge
         model = _load_saved(trained, trained.weights)
         cast(model, trained.dtype, dtype)
@@ -262,7 +262,7 @@ def _describe(
 
 
 def _load_saved(trained: Trained, folder: Path) -> PreTrainedModel:
-    """A whole model as a user would load it: in the type that its files say."""
+    """Loads a whole model as a user would: in the type that its files name."""
     saved = ModelConfig(
         name_or_path=str(folder),
         dtype="auto",
@@ -286,8 +286,8 @@ def _introduction(trained: Trained, dtype: torch.dtype) -> str:
     if trained.bare:
         effect = trained.policy.apart(trained.bare)
         lines.append(f"The adapter moves their log-probs by {effect:.2g} nats each, on average.")
-        lines.append(f"Off the trained policy, merged in {_name(dtype)}, in nats:")
+        lines.append(f"Distance from the trained policy, merged in {_name(dtype)}, in nats:")
     else:
         lines.append("Every weight was trained: there is no adapter to merge.")
-        lines.append(f"Off the trained policy, in {_name(dtype)}, in nats:")
+        lines.append(f"Distance from the trained policy, in {_name(dtype)}, in nats:")
     return "\n".join([*lines, HEADER])

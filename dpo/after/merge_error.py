@@ -46,7 +46,7 @@ class MergeError:
         effect: mean absolute difference that the adapter makes to a token, nats; 0 without one.
         kept: share of the adapter's effect that the merge added to its base, by least squares over
             the tokens: 1 for a right merge, 0 for the base alone. An adapter that is added twice
-            gives 2, or less if it is large, since log-probs end at 0. None without an effect.
+            gives 2, or less if it is large, since log-probs are at most 0. None without an effect.
     """
 
     mean: float

@@ -1,13 +1,13 @@
-"""From an adapter to a model that stands by itself: the weights, and how they are saved.
+"""From an adapter to a standalone model: the weights, and how they are saved.
 
-A merge is as good as the base it goes into. The adapter of a 4-bit run was trained on the weights
-that 4 bits leave, and belongs into those: quantise again as the run did, dequantise, add. The
-original checkpoint in 16 bits, which the NeuralHermes article merges into, is another model. Either
-is loaded afresh: bitsandbytes' CPU kernel repacks 4-bit weights in their first forward, and what is
-dequantised after that is wrong.
+A merge is only as good as its base. The adapter of a 4-bit run was trained on quantised weights and
+belongs on those: quantise again as the run did, dequantise, add. The original 16-bit checkpoint,
+into which the NeuralHermes article merges, is another model. Either base is loaded afresh:
+bitsandbytes' CPU kernel repacks 4-bit weights in their first forward, and weights that are
+dequantised after that are wrong.
 
-The update is added in fp32, layer by layer, and rounded to the wanted type once. PEFT's safe merge,
-left alone, rounds the update first and then the sum.
+The update is added in fp32, layer by layer, and rounded to the wanted type once. PEFT's safe merge
+alone would round twice: the update, and then the sum.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ from dpo.model.load import base_of, dequantize, load_base
 def load_merge_base(
     config: Config, which: str, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """A base in plain layers, to merge into; loaded afresh, one model's memory.
+    """Loads a base in plain layers, to merge into; it takes the memory of one model.
 
     Args:
         config: the run's.
-        which: `dequantized`: quantised as in training, and back; `16bit`: the checkpoint, never
-            quantised, in `dtype`; `original`: that of an unquantised run, in the run's own type.
+        which: `dequantized`: quantised as in training, then dequantised; `16bit`: the checkpoint,
+            never quantised, in `dtype`; `original`: an unquantised run's base, in its own type.
         dtype: the type that the merged model will have.
         device: where to load it.
     """
@@ -45,7 +45,7 @@ def load_merge_base(
 def merge_adapter(base: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Adds the adapter to the base, in place; the merged model has the given type.
 
-    DoRA and rslora are PEFT's to merge: it is only given fp32 weights, one layer at a time.
+    PEFT does the merge, DoRA and rslora included; it is given fp32 weights, a layer at a time.
 
     Raises:
         UserError: a weight is too large for the type.
@@ -67,9 +67,9 @@ def merge_adapter(base: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> P
 
 
 def cast(module: nn.Module, source: torch.dtype, dtype: torch.dtype) -> None:
-    """Rounds the parameters of type `source`; what a model keeps in another type stays in it.
+    """Casts the parameters of type `source` to `dtype`; those of another type keep it.
 
-    Buffers stay too: rotary frequencies in half precision turn long texts.
+    Buffers keep theirs too: half-precision rotary frequencies would misplace tokens of long texts.
 
     Raises:
         UserError: a weight is too large for the type.
@@ -96,12 +96,12 @@ def save_model(
     """Writes safetensors, tokenizer with the chat template of training, and generation config.
 
     Args:
-        model: merged, plain.
+        model: the merged model, in plain layers.
         tokenizer: the run's.
-        folder: where to.
-        template: the chat template that training rendered with, None where there was none.
+        folder: where to write.
+        template: the chat template that training rendered with, None if there was none.
         stops: token ids that end an answer, all of those that training knew.
-        max_shard_size: of a file, as transformers writes it: 5GB.
+        max_shard_size: the largest size of a file, as transformers writes it: 5GB.
     """
     settings = model.generation_config
     assert settings is not None
@@ -110,7 +110,7 @@ def save_model(
     settings.pad_token_id = stops[0] if pad is None else pad  # type: ignore[assignment]
     try:
         settings.validate(strict=True)
-    except ValueError:  # bases that name a temperature and forget this could not be saved
+    except ValueError:  # some bases name a temperature without this, and could not be saved
         settings.do_sample = True
     model.config.use_cache = True
     model.save_pretrained(folder, max_shard_size=max_shard_size)

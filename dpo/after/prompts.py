@@ -45,7 +45,7 @@ def read_prompts(said: Sequence[str], file: str | None, system: str = "") -> lis
     `system` goes before every prompt that has no system message of its own.
 
     Raises:
-        UserError: no prompt or two sources, or a line that holds none, by file and line.
+        UserError: no prompt, two sources, or a row that is no prompt (named by file and line).
     """
     if said and file:
         raise UserError(
@@ -53,7 +53,7 @@ def read_prompts(said: Sequence[str], file: str | None, system: str = "") -> lis
         )
     if not said and not file and sys.stdin.isatty():
         raise UserError(
-            "prompts: got none. Give them behind the run folder, in quotes; or --prompts FILE "
+            "prompts: got none. Give them after the run folder, in quotes; or --prompts FILE "
             "(.txt: one a line; .jsonl: prompt or messages); or --prompts - and pipe them in; or "
             "--chat for a conversation."
         )
@@ -65,7 +65,7 @@ def read_prompts(said: Sequence[str], file: str | None, system: str = "") -> lis
     else:
         prompts = list(_from_lines(file or "-"))
     if not prompts:
-        raise UserError(f"prompts: {file or 'standard input'} holds none. Put one on a line.")
+        raise UserError(f"prompts: {file or 'standard input'} holds none. Put one on each line.")
     return [_with_system(prompt, system) for prompt in prompts]
 
 
@@ -119,7 +119,7 @@ def _from_row(row: dict[str, Any], where: str) -> Prompt:
         ) from None
     said = preference.prompt
     if not isinstance(said, str) and said[-1]["role"] == "assistant":
-        raise UserError(f"{where}: the messages end with the assistant's. End with what is asked.")
+        raise UserError(f"{where}: the last message is the assistant's. End with what is asked.")
     return Prompt(said, where, preference.tools)
 
 

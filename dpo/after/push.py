@@ -1,4 +1,4 @@
-"""A merged model to the hub: only files that are still what was verified when they were written."""
+"""Pushes a merged model to the hub: only files that have not changed since they were verified."""
 
 import json
 import re
@@ -9,14 +9,14 @@ from typing import Any
 from dpo.data.files import file_sums
 from dpo.errors import UserError
 
-RECORD = "merge.json"  # in a merged folder: what it is, and the sums of what was verified
+RECORD = "merge.json"  # in a merged folder: what was merged, and checksums of what was verified
 _KINDS = {"weights": str, "base": str, "dtype": str, "merged_from": dict, "files": dict}
 
 
 def write_record(
     merged: Path, weights: Path, base: str, dtype: str, errors: dict[str, Any]
 ) -> None:
-    """merge.json: what was merged, how well, and the sums of the files as they were verified."""
+    """Writes merge.json: what was merged, the errors, and checksums of the verified files."""
     record = {
         "weights": weights.name,
         "base": base,
@@ -29,9 +29,9 @@ def write_record(
 
 
 def verified_files(output: Path, folder: Path, *, weights: str, base: str, dtype: str) -> list[str]:
-    """Names of the files of a merge, which are still those that were verified.
+    """Checks that the files of a merge are still those that were verified; returns their names.
 
-    The model card may be edited. Files that came later are not among them.
+    The model card may have been edited. Files that came later are left out.
 
     Raises:
         UserError: the folder holds no merge, another one than asked for, or a changed file.
@@ -73,10 +73,10 @@ def _read_record(output: Path) -> dict[str, Any]:
 
 
 def check_can_push(repo: str) -> None:
-    """What can be known before the work: the name's form, and that there is a token.
+    """Checks what can be known before the work: the form of the name, and that a token exists.
 
     Raises:
-        UserError: either is not as it must be.
+        UserError: the name is malformed, or there is no token.
     """
     from huggingface_hub import get_token
 
@@ -96,10 +96,10 @@ def push(folder: Path, files: Sequence[str], repo: str, *, public: bool) -> str:
     client finds.
 
     Raises:
-        UserError: the repository is public and was not meant to be, the hub refuses, or cannot be
-            reached.
+        UserError: the repository is public and `public` is not set, or the hub refuses or cannot
+            be reached.
     """
-    from httpx2 import HTTPError  # of the hub's client
+    from httpx2 import HTTPError  # the errors of the hub's client
     from huggingface_hub import HfApi
 
     check_can_push(repo)

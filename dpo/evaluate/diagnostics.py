@@ -15,7 +15,7 @@ DISPLACEMENT = 0.05  # nats that the chosen answers lost, on average
 KL_PER_TOKEN = 0.5  # nats of KL per generated token; the quickstart's good runs stay below 0.1
 LENGTH_DRIFT = 0.2  # share by which the answers became longer or shorter
 RANKING_GAP = 0.25  # reward accuracy minus ranking accuracy
-RANKING_RISE = 0.05  # of ranking accuracy over two evaluations; less means that it has stopped
+RANKING_RISE = 0.05  # rise of ranking accuracy over two evaluations; with less it has stopped
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Watch:
             yield Finding(
                 "length_drift",
                 step,
-                f"Answers have {length:.1f} tokens on average, before training {old_length:.1f}.",
+                f"Answers have {length:.1f} tokens on average; before training {old_length:.1f}.",
                 "DPO learns the length of the chosen answers as readily as their content, and a "
                 "collapsed policy rambles or stops at once.",
                 "Compare the lengths of chosen and rejected answers in the data, and judge with "

@@ -1,7 +1,7 @@
 """The policy on held-out pairs and prompts: before, during and after training.
 
-All held-out pairs give the metrics that training logs too. To `eval_prompts` of their prompts the
-policy gives two answers. A sampled answer measures how far the policy has moved: `eval/kl` is the
+All held-out pairs give the metrics that training logs too. The policy also answers `eval_prompts`
+of their prompts, twice each. A sampled answer measures how far it has moved: `eval/kl` is the
 mean of log pi - log pi_ref over answers sampled from the policy at temperature 1, nats per answer,
 an unbiased estimate of KL(pi || pi_ref). A greedy answer is what a user would see: it gives a
 length, a sample to read, and whether it is right, if the chosen answer is the only right one.

@@ -4,8 +4,8 @@ Everything is a function of columns, one value a pair: those of held_out.jsonl (
 `dpo.evaluate.evaluator.held_out_columns`), and beside them
     before_chosen_logps, before_rejected_logps  under the model before training, nats; that is the
                                                 reference, unless the run had none
-    sampled_log_ratios                          log pi - log pi_before of an answer sampled to the
-                                                pair's prompt, nats; NaN where none was sampled
+    sampled_log_ratios                          log pi - log pi_before of an answer sampled for the
+                                                pair's prompt, nats; NaN if none was sampled
 """
 
 import math
@@ -82,12 +82,12 @@ def length_controlled(
 
 
 def spread(total: int, wanted: int) -> np.ndarray:
-    """`wanted` positions, evenly over all of them, since files are often sorted by source."""
+    """`wanted` positions spread evenly over all, since files are often sorted by source."""
     return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(int))
 
 
 def pair_statistics(columns: Columns, *, beta: float) -> dict[str, Any]:
-    """The statistics of one group of pairs: shares in [0, 1], log-probs in nats, `_se` an error."""
+    """Statistics of a group of pairs: shares in [0, 1], log-probs in nats, `_se` standard error."""
     chosen, rejected = (
         beta * (columns[f"policy_{side}_logps"] - columns[f"ref_{side}_logps"])
         for side in ("chosen", "rejected")

@@ -15,8 +15,8 @@ _RESULTS = (
     "eval/exact_match eval/rewards/accuracies eval/ranking_accuracy eval/rewards/margins eval/loss "
     "eval/kl eval/lengths/generated eval/logps/chosen"
 ).split()
-_COSTS = ("eval/kl",)  # the frontier weighs it: a run that learned nothing has the lowest
-_OF_ONE_LOSS = ("eval/rewards/margins", "eval/loss")  # with another beta, on another scale
+_COSTS = ("eval/kl",)  # no lowest value is starred: a run that learned nothing has it
+_OF_ONE_LOSS = ("eval/rewards/margins", "eval/loss")  # on another scale if beta differs
 _OVERLAID = (
     "eval/exact_match eval/rewards/accuracies eval/loss eval/rewards/margins eval/kl train/loss "
     "train/rewards/margins"
@@ -90,7 +90,7 @@ def results(runs: Sequence[RunLogs]) -> list[Column]:
 
 
 def have_one_loss(runs: Sequence[RunLogs]) -> bool:
-    """Whether their losses and margins can be compared."""
+    """Whether the runs' losses and margins can be compared."""
     losses: list[Any] = [run.config.get("loss") for run in runs]
     return all(loss == losses[0] for loss in losses)
 

@@ -84,7 +84,7 @@ def held_out_charts(logs: RunLogs) -> list[Chart]:
     gaps = [
         np.subtract(line["policy_chosen_logps"], line["policy_rejected_logps"]) for line in lines
     ]
-    # With a reference all of them would be in one bar: a line says it better.
+    # With a reference all margins before training are 0: one line shows them better than one bar.
     started_at_0 = len(margins) == 2 and not margins[1].any()
     before_said = (
         "Before training the margin of every pair was 0, by definition: the policy was the "
@@ -102,7 +102,7 @@ def held_out_charts(logs: RunLogs) -> list[Chart]:
         Chart(
             title="Chosen against rejected",
             note="Log-prob of chosen minus log-prob of rejected under the policy alone, nats. "
-            "Right of 0 it would rather write the chosen answer.",
+            "Right of 0 the policy would rather write the chosen answer.",
             series=_histograms(gaps),
             x_label="nats",
             mark=(0.0, ""),

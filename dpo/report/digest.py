@@ -89,13 +89,13 @@ def verdict(logs: RunLogs) -> str:
         return "Nothing has been logged yet."
     first, last = shown_number(losses[0]), shown_number(losses[-1])
     return (
-        "No held-out pair was looked at before and after, so this can only say how the training "
-        f"pairs were fitted: loss {first} at first, {last} at last."
+        "No held-out pair was scored before and after, so this can only say how the training "
+        f"pairs were fitted: the loss went from {first} to {last}."
     )
 
 
 def _held_out_verdict(logs: RunLogs, before: Line, after: Line) -> str:
-    """The verdict of a run with evaluations; shares differ if by more than two standard errors."""
+    """The verdict of a run with evaluations; two standard errors make a difference count."""
     accuracy, pairs = after["eval/rewards/accuracies"], logs.data_report.get("pairs_held_out", 0)
     ranks = f"the rewards rank {accuracy:.1%} of {pairs or 'the'} held-out pairs as labelled"
     away = ""

@@ -17,10 +17,10 @@ class RunLogs:
     """The contents of a run folder; a missing file is empty here.
 
     Attributes:
-        name: of the folder.
+        name: the folder's.
         config: config.yaml, by section.
         metrics: lines of metrics.jsonl.
-        evaluations: the lines of metrics.jsonl that are evaluations, from before training on.
+        evaluations: the lines of metrics.jsonl that are evaluations, the one before training first.
         samples: lines of samples.jsonl.
         held_out: the first and the last line of held_out.jsonl.
         token_rewards, data_report: those JSON files.
@@ -41,7 +41,7 @@ class RunLogs:
 
     @property
     def beta(self) -> float | None:
-        """The scale of the rewards, if the configuration is there."""
+        """The scale of the rewards; None without a configuration."""
         return self.config.get("loss", {}).get("beta")
 
     @property

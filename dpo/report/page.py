@@ -2,8 +2,8 @@
 
 `write_report` reads only the files of the run folder, any of which may be missing, and loads no
 model. `write_comparison` puts several runs beside each other. Both pages work on a phone, in dark
-mode, by keyboard, with a screen reader and on paper. They fetch nothing, and their own policy
-forbids it; all text is escaped, since rows and models can say anything.
+mode, by keyboard, with a screen reader and on paper. They fetch nothing, and their security
+policy forbids it; all text is escaped, since rows and models can say anything.
 
 Left out on purpose: a charting library in the page. matplotlib draws; the script only shows values.
 """

@@ -196,7 +196,7 @@ def test_a_run_of_one_step_without_held_out_pairs_says_what_it_cannot_say(tmp_pa
         (tmp_path / file).unlink()
     (tmp_path / "metrics.jsonl").write_text(jsonl([training_line(1)]) + '{"step": 2, "trai')
     page = write_report(tmp_path).read_text()
-    assert "only say how the training pairs were fitted: loss 0.6931 at first" in page
+    assert "only say how the training pairs were fitted: the loss went from 0.6931" in page
     assert list(series(charts(page)["Loss"])) == ["training"]
     assert "<li>1 step</li>" in page
 

@@ -207,7 +207,7 @@ def test_rows_are_read_as_prompts_messages_or_preferences(tmp_path):
         (
             "a.jsonl",
             json.dumps({"messages": conversation("a", "b")}).encode(),
-            "line 1: the messages end with the assistant's",
+            "line 1: the last message is the assistant's",
         ),
         ("a.txt", b"a\n\xff\n", "a.txt, line 2: not UTF-8"),
         ("a.txt", b"\n \n", "a.txt holds none"),
@@ -224,7 +224,7 @@ def test_a_bad_line_is_refused_by_file_and_line(name, content, said, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["RUN"], "prompts: got none. Give them behind the run folder"),
+        (["RUN"], "prompts: got none. Give them after the run folder"),
         (["RUN", "a", "--prompts", "b.txt"], "got 'a' and --prompts b.txt, wanted one source"),
         (["RUN", "a", "--chat"], "--chat: got prompts as well"),
         (["RUN", "--chat", "--seeds", 1, 2], "--chat: got more than one of --seeds as well"),

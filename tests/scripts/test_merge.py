@@ -53,7 +53,7 @@ def test_a_merged_run_is_pushed_and_the_push_can_be_repeated_alone(tmp_path):
         hub.refuse.clear()
         code, again, err = merge(*push, hub=hub, HF_TOKEN=TOKEN)
         assert code == 0, err
-        assert "Off the trained policy" in out
+        assert "Distance from the trained policy" in out
         assert again == f"Pushed to {hub.url}/me/model.\n"
         assert hub.files["me/model"] == written
         assert hub.visibility["me/model"] == "private"
