@@ -9,7 +9,7 @@ LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dyna
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: train article test test-oldest test-browser check clean
+.PHONY: train article test test-quick test-slow test-oldest test-browser check clean
 
 train: .venv/installed
 	$(BIN)/accelerate launch $(LAUNCH) scripts/train.py
@@ -23,15 +23,24 @@ article: .venv/installed-dev
 	$(BIN)/python scripts/evaluate.py runs/article --judge exact_match --lm_eval quickstart --include_path docs/lm_eval
 	$(BIN)/python scripts/report.py runs/article
 
-# All tests but those that need a GPU (they are skipped without one).
+# All tests but those that are slow, start several processes, or need a browser or a GPU.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not distributed and not browser"
 
-# The quick tests, and the compiler's, on the lower bounds of setup.cfg; other packages are pinned.
+# The maths, the data, the stream and the scorer: within a minute, in one process.
+test-quick: .venv/installed-dev
+	$(BIN)/python -m pytest -m quick
+
+# The slow ones and those of several processes: 70B on paper, two ranks, the quickstart, benchmarks.
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "(slow or distributed) and not browser"
+
+# The tests that are not slow, and the compiler's, on the lower bounds of setup.cfg; other packages are pinned.
 # If no CPU build of that torch is found, pip takes one for CUDA: 3 GB.
 OLDEST := .venv-oldest
+TYPED := --jaxtyping-packages=dpo,beartype.beartype
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest -n auto --dist loadfile -m "not slow and not distributed and not browser"
+	$(OLDEST)/bin/python -m pytest -n auto --dist worksteal $(TYPED) -m "not slow and not distributed and not browser"
 	$(OLDEST)/bin/python -m pytest tests/model/test_compile.py
 
 # The report in Debian's Chromium, which is installed if it is missing; a skip is a failure here.

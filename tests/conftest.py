@@ -2,6 +2,7 @@ import importlib.resources
 import json
 import os
 import shutil
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a GPU's, before it is first asked
@@ -14,6 +15,19 @@ torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
 
 sees_gpu, HAS_GPU = torch.cuda.is_available, torch.cuda.is_available()
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+QUICK = ("data", "test_losses.py", "test_logps.py", "test_metrics.py", "test_scorer.py")
+QUICK += ("test_attention.py", "test_reference.py", "test_config.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what `-m quick` runs: the maths, the data, the stream and the scorer."""
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent)
+        is_long = item.get_closest_marker("slow") or item.get_closest_marker("distributed")
+        if not is_long and (path.parts[0] in QUICK or path.name in QUICK):
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures, some of which train

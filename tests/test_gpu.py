@@ -146,6 +146,7 @@ def test_a_run_with_a_cache_is_the_run_without(device, tmp_path):
     assert training(live) == training(filling) == training(reading)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_killed_run_goes_on_bit_for_bit(device, tmp_path, monkeypatch, quantization):
     """With `train.deterministic`: on a GPU, attention's gradient is else summed in any order."""

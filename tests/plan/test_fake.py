@@ -207,7 +207,7 @@ def test_an_adapter_folder_is_planned_with_its_frozen_copy(tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "said"),
-    [({"model_type": "vit"}, "no causal language model"), (None, "neither a model folder nor")],
+    [({"model_type": "vit"}, "no causal language model"), (None, "no model folder and could not")],
 )
 def test_what_is_no_language_model_is_refused(shape, said, tmp_path):
     if shape:

@@ -21,6 +21,7 @@ from dpo.model.logp_cache import LogpCache
 from dpo.model.reference import AdapterOff, Frozen
 from dpo.train import budget
 from dpo.train.ahead import cache_reference
+from tests.commands import called
 from tests.train.runs import config, forget_accelerate, metrics, rows_file, run, training
 
 ROOT = Path(__file__).parents[2]
@@ -307,17 +308,12 @@ def test_two_processes_share_the_work_and_one_finds_it_all(tmp_path, asked):
 def test_the_script_says_what_it_did_and_a_mistake_is_one_message(tmp_path):
     rows = rows_file(tmp_path, 8)
     flags = ["--data.name_or_path", rows, "--reference.cache", tmp_path / "cache"]
-    command = [sys.executable, ROOT / "scripts" / "cache_reference.py", *flags]
-    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "tokens")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0
-    assert done.stdout.startswith("8 pairs computed, 0 were there")
-    refused = subprocess.run(
-        [*command, "--reference.cache", "off"], capture_output=True, text=True, env=environment
-    )
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("error: reference.cache: got off")
-    assert "Traceback" not in refused.stderr
+    code, out, _ = called("cache_reference.py", *flags)
+    assert code == 0
+    assert out.startswith("8 pairs computed, 0 were there")
+    code, out, err = called("cache_reference.py", *flags, "--reference.cache", "off")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: reference.cache: got off")
 
 
 def test_the_header_and_the_checkpoint_name_it(tmp_path):
