@@ -1,10 +1,12 @@
 """Preferences to tokenise, and what came of them."""
 
+from dpo.config import Config
 from dpo.data.audit import Audit
 from dpo.data.chat import ChatTokenizer, choose_template
 from dpo.data.formats import Preference
 from dpo.data.limits import Limits
-from tests.data.tokenizers import build
+from dpo.data.loader import load_data
+from tests.data.tokenizers import BASE, Family, build
 
 ROOM = Limits(1000, 2000, "truncate")
 
@@ -93,3 +95,49 @@ class Run:
 
     def count(self, token, side="chosen_ids"):
         return list(getattr(self.pair, side)).count(self.tokenizer.convert_tokens_to_ids(token))
+
+
+def config(path, seed=42, **data):
+    settings = Config()
+    settings.data.name_or_path = path
+    settings.train.seed = seed
+    for key, value in data.items():
+        setattr(settings.data, key, value)
+    return settings
+
+
+def load(path, family=BASE, **options):
+    return load_data(config(path, **options), build(family))
+
+
+def row(prompt, chosen="yes", rejected="no"):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def rows(number):
+    return [row(f"question {i}") for i in range(1, number + 1)]
+
+
+def chat_row(prompt, chosen, rejected):
+    def turns(value, role):
+        return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+    sides = {"chosen": turns(chosen, "assistant"), "rejected": turns(rejected, "assistant")}
+    return {"prompt": turns(prompt, "user"), **sides}
+
+
+def names(pairs):
+    return [pairs.row_name(i) for i in range(len(pairs))]
+
+
+# Renders a prompt otherwise once an answer follows it.
+FICKLE = Family(
+    template="{% for m in messages %}{{ m.role + m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt and '!' in messages[0].content %}<think>{% endif %}",
+    special=("</s>",),
+    eos="</s>",
+)
+
+
+def fickle_rows(number, differing):
+    return [chat_row("!" if i in differing else "?", "A.", "B.") for i in range(1, number + 1)]
