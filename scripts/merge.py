@@ -26,6 +26,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: the run's")
     parser.add_argument("--pairs", type=int, default=64, help="how many pairs are scored")
     parser.add_argument("--max_shard_size", default="5GB", help="largest size of a file")
+    parser.add_argument(
+        "--unverified", action="store_true", help="keep a merge that is not the trained policy"
+    )
     parser.add_argument("--push_to_hub", metavar="NAMESPACE/NAME", help="token: HF_TOKEN or login")
     parser.add_argument("--public", action="store_true", help="a new repository is public")
     options = parser.parse_args()
@@ -34,8 +37,14 @@ def main() -> None:
     if options.push_to_hub:
         check_can_push(options.push_to_hub)
     if not (options.push_to_hub and output.exists()):
-        shape = {"num_pairs": options.pairs, "max_shard_size": options.max_shard_size}
-        merge_run(options.run, output, **asked, **shape)
+        merge_run(
+            options.run,
+            output,
+            **asked,
+            num_pairs=options.pairs,
+            max_shard_size=options.max_shard_size,
+            unverified=options.unverified,
+        )
     if options.push_to_hub:
         files = verified_files(output, options.run, **asked)
         url = push(output, files, options.push_to_hub, public=options.public)

@@ -38,10 +38,15 @@ def write_run_card(
     base: str,
     dtype: str,
     errors: dict[str, MergeError],
+    rounding: float,
+    refused: str,
     pairs_are: str,
     has_chat: bool,
 ) -> None:
-    """Writes README.md into the merged folder, about the run in `folder`."""
+    """Writes README.md into the merged folder, about the run in `folder`.
+
+    `refused` says why the merge is not the trained policy, "" if it is.
+    """
     logs = read_logs(folder)
     trained_on, sources = base_of(config.model), list_sources(config.data)
     held_out = config.data.eval_source
@@ -71,6 +76,8 @@ def write_run_card(
         "base": base,
         "dtype": dtype,
         "errors": errors,
+        "rounding": rounding,
+        "refused": refused,
         "pairs_are": pairs_are,
         "has_chat": has_chat,
     }

@@ -23,14 +23,17 @@ from dpo.after.card import write_run_card
 from dpo.after.finished import FinishedRun, read_run
 from dpo.after.merge_error import (
     HEADER,
+    LayerProbe,
     MergeError,
     Scores,
     allowed,
+    jitter,
     measure,
-    refuse_wrong,
+    probe_layers,
     score,
+    wrong_layers,
 )
-from dpo.after.merged import cast, load_merge_base, merge_adapter, save_model
+from dpo.after.merged import cast, load_adapter, load_merge_base, merge_adapter, save_model
 from dpo.after.push import write_record
 from dpo.config import Config, ModelConfig
 from dpo.data.chat import choose_template, stop_ids
@@ -81,10 +84,6 @@ class Trained:
         scorer = Scorer(model, attention=self.layout)
         return score(scorer, self.pairs, self.config.train.scoring_tokens)
 
-    def measure(self, model: nn.Module, base: Scores | None) -> MergeError:
-        """Compares another model with the policy; `base` as in `merge_error.measure`."""
-        return measure(self.policy, self.bare, self.score(model), base)
-
     def epsilon(self, dtype: torch.dtype) -> float:
         """The largest machine epsilon of the run's types and of a merge of type `dtype`."""
         epsilons = [torch.finfo(kind).eps for kind in (self.dtype, dtype)]
@@ -92,11 +91,18 @@ class Trained:
             epsilons.append(_INT8_EPSILON)
         return max(epsilons)
 
-    def allowed(self, dtype: torch.dtype, base: Scores | None) -> float:
-        """The largest mean error that a merge of type `dtype` into that base may have."""
+    def refusal(self, error: MergeError, rounding: float, base: Scores | None) -> str:
+        """Why a merge with that error is not the trained policy; "" if it is."""
         effect = self.policy.apart(self.bare) if self.bare else 0.0
         apart = base.apart(self.bare) if base and self.bare else 0.0
-        return allowed(effect, self.epsilon(dtype), apart)
+        at_most = allowed(rounding, effect, apart)
+        if error.mean <= at_most:  # nan is wrong too
+            return ""
+        return (
+            f"the merged model is {error.mean:.3g} nats per token off the trained policy, wanted "
+            f"at most {at_most:.3g}: rounding moves it by {rounding:.3g}, the adapter by "
+            f"{effect:.3g}"
+        )
 
 
 def merge_run(
@@ -108,6 +114,7 @@ def merge_run(
     dtype: str = "auto",
     num_pairs: int = 64,
     max_shard_size: str = "5GB",
+    unverified: bool = False,
     say: Callable[[str], object] = print,
 ) -> None:
     """Merges a run's adapter and writes the standalone model, verified.
@@ -120,11 +127,12 @@ def merge_run(
         dtype: the type of the merged weights; auto takes the run's.
         num_pairs: how many pairs are scored.
         max_shard_size: the largest size of a safetensors file.
+        unverified: keep a merge that is not the trained policy, marked so in its card and record.
         say: is called with each line of the account.
 
     Raises:
-        UserError: no such run or weights, an output that exists, a base that the run does not have.
-        RuntimeError: the merged model is not the trained policy; nothing of it is left.
+        UserError: no such run or weights, an output that exists, a base that the run does not
+            have; or the merged model is not the trained policy, and nothing of it is left.
     """
     bases = choose_bases(read_run(folder), base)
     check_options(output, num_pairs, max_shard_size)
@@ -135,24 +143,39 @@ def merge_run(
     for which in reversed(bases):  # the one that is written comes last
         model = None
         gc.collect()  # models contain reference cycles, the trained policy's among them
-        model, base_scores = build_merged(trained, which, merged_dtype)
-        errors[which] = trained.measure(model, base_scores)
+        model, probes, base_scores = build_merged(trained, which, merged_dtype)
+        errors[which] = measure(trained.policy, trained.bare, trained.score(model), base_scores)
         say(errors[which].row(which))
-    epsilon = trained.epsilon(merged_dtype)
-    at_most = trained.allowed(merged_dtype, base_scores)
-    refuse_wrong(errors[bases[0]], at_most, epsilon, f"merged ({bases[0]} base)")
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as aside:
         unfinished = Path(aside) / run_folder.MERGED
         _save(trained, model, unfinished, max_shard_size)
         del model
         gc.collect()
-        errors["read back"] = trained.measure(_load_saved(trained, unfinished), base_scores)
-        say(errors["read back"].row("read back"))
-        same = 1.05 * errors[bases[0]].mean + 1e-5  # a device may add in another order
-        refuse_wrong(errors["read back"], same, epsilon, "read back from the disk")
-        _describe(trained, unfinished, bases[0], _name(merged_dtype), errors)
+        saved = _load_saved(trained, unfinished)
+        scores = trained.score(saved)
+        error = errors["read back"] = measure(trained.policy, trained.bare, scores, base_scores)
+        say(error.row("read back"))
+        wrong = wrong_layers(saved, probes)
+        jitter(saved, trained.epsilon(merged_dtype))
+        rounding = trained.score(saved).apart(scores)
+        say(f"Rounding alone moves the merged model by {rounding:.2g} nats each, on average.")
+        refused = trained.refusal(error, rounding, base_scores)
+        if (
+            not error.mean <= 1.05 * errors[bases[0]].mean + 1e-5
+        ):  # a device may add in another order
+            refused = "the files on the disk do not read back as the merge"
+        if wrong:
+            refused = f"{len(wrong)} of {len(probes)} layers are wrong: {'; '.join(wrong[:3])}"
+        if refused and not unverified:
+            raise UserError(
+                f"merge: {refused}. Nothing was written. Take --dtype float32, or keep it with "
+                "--unverified, which marks it so."
+            )
+        how = {"base": bases[0], "dtype": _name(merged_dtype), "refused": refused}
+        _describe(trained, unfinished, errors, rounding, **how)
         os.rename(unfinished, output)
-    say(f"The merged model is in {output} ({bases[0]} base, {_name(merged_dtype)}), verified.")
+    is_right = f"NOT verified: {refused}" if refused else "verified"
+    say(f"The merged model is in {output} ({bases[0]} base, {_name(merged_dtype)}), {is_right}.")
 
 
 def choose_bases(config: Config, base: str) -> list[str]:
@@ -221,15 +244,21 @@ def score_trained(folder: Path, weights: str, num_pairs: int) -> Trained:
 
 def build_merged(
     trained: Trained, which: str, dtype: torch.dtype
-) -> tuple[PreTrainedModel, Scores | None]:
-    """The merged model, freshly loaded, in eval mode; and its base's scores, if that differs."""
+) -> tuple[PreTrainedModel, dict[str, LayerProbe], Scores | None]:
+    """The merged model, freshly loaded, in eval mode; what its layers must do; its base's scores.
+
+    The scores are those of a base that differs from the trained one; else None.
+    """
     if which == "trained":  # every weight: there is no adapter to merge
         model = _load_saved(trained, trained.weights)
         cast(model, trained.dtype, dtype)
-        return model, None
+        return model, {}, None
     base = load_merge_base(trained.config, which, dtype, trained.device).eval()
     scores = trained.score(base) if which == "16bit" else None
-    return merge_adapter(base, trained.weights, dtype), scores
+    adapted = load_adapter(base, trained.weights)
+    probes = probe_layers(adapted)
+    base = adapted.unload().eval()  # type: ignore[operator]
+    return merge_adapter(base, trained.weights, dtype), probes, scores
 
 
 def _save(trained: Trained, model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
@@ -244,7 +273,14 @@ def _save(trained: Trained, model: PreTrainedModel, folder: Path, max_shard_size
 
 
 def _describe(
-    trained: Trained, folder: Path, base: str, dtype: str, errors: dict[str, MergeError]
+    trained: Trained,
+    folder: Path,
+    errors: dict[str, MergeError],
+    rounding: float,
+    *,
+    base: str,
+    dtype: str,
+    refused: str,
 ) -> None:
     write_run_card(
         folder,
@@ -254,11 +290,14 @@ def _describe(
         base=base,
         dtype=dtype,
         errors=errors,
+        rounding=rounding,
+        refused=refused,
         pairs_are=trained.pairs_are,
         has_chat=trained.template is not None,
     )
     as_dicts = {name: asdict(error) for name, error in errors.items()}
-    write_record(folder, trained.weights, base, dtype, as_dicts)
+    measured = {"errors_nats": as_dicts, "rounding_nats": rounding, "refused": refused}
+    write_record(folder, trained.weights, base, dtype, measured)
 
 
 def _load_saved(trained: Trained, folder: Path) -> PreTrainedModel:

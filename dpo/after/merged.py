@@ -42,6 +42,14 @@ def load_merge_base(
     return dequantize(base) if which == "dequantized" else base
 
 
+def load_adapter(base: PreTrainedModel, adapter: Path) -> nn.Module:
+    """Puts PEFT's layers into the base, which `unload` takes out again."""
+    import peft
+
+    base.__dict__.pop("peft_config", None)  # PEFT leaves it behind, and warns of it
+    return peft.PeftModel.from_pretrained(base, str(adapter)).eval()
+
+
 def merge_adapter(base: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Adds the adapter to the base, in place; the merged model has the given type.
 
@@ -51,11 +59,10 @@ def merge_adapter(base: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> P
         UserError: a weight is too large for the type.
         ValueError: the adapter holds weights that are not finite (PEFT's safe merge).
     """
-    import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     trained_dtype = base.dtype
-    model = peft.PeftModel.from_pretrained(base, str(adapter))
+    model = load_adapter(base, adapter)
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.float()  # type: ignore[attr-defined]

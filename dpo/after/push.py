@@ -14,14 +14,14 @@ _KINDS = {"weights": str, "base": str, "dtype": str, "merged_from": dict, "files
 
 
 def write_record(
-    merged: Path, weights: Path, base: str, dtype: str, errors: dict[str, Any]
+    merged: Path, weights: Path, base: str, dtype: str, measured: dict[str, Any]
 ) -> None:
-    """Writes merge.json: what was merged, the errors, and checksums of the verified files."""
+    """Writes merge.json: what was merged, what was measured, and checksums of the files."""
     record = {
         "weights": weights.name,
         "base": base,
         "dtype": dtype,
-        "errors_nats": errors,
+        **measured,
         "merged_from": file_sums(weights, "*.safetensors"),
         "files": {**file_sums(merged, "*"), "README.md": "free to be edited"},
     }
@@ -44,6 +44,11 @@ def verified_files(output: Path, folder: Path, *, weights: str, base: str, dtype
         raise UserError(
             f"--output: {output} holds another merge than asked for ({what}). Name another folder, "
             "or move it away."
+        )
+    if record.get("refused"):
+        raise UserError(
+            f"--push_to_hub: the merge in {output} is not verified: {record['refused']}. Merge "
+            "again without --unverified; or push it as it is with `hf upload`."
         )
     now = file_sums(output, "*")
     changed = [n for n, was in record["files"].items() if n != "README.md" and now.get(n) != was]
