@@ -60,6 +60,7 @@ def test_a_cards_header_is_read_back_whatever_its_values_are(tmp_path):
         "config": parse([]),
         "sources": ["s"],
         "errors": {"original": error},
+        "rounding": 0.4,
         "licence": "apache-2.0",
         "samples": [prompt],
         "step": 3,

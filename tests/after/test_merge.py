@@ -149,24 +149,19 @@ KINDS = [  # flags of the run, bases and types of the merge
 
 
 @pytest.mark.parametrize(("flags", "bases", "dtypes"), KINDS)
-@pytest.mark.parametrize(
-    ("std", "wrong"),
-    [(0.012, [0.0, -1.0]), (0.02, [0.0, -1.0, 2.0]), (0.1, [0.0, -1.0, 2.0, 0.5])],
-    ids=["0.0016 nats", "0.0025 nats", "0.017 nats"],
-)
 def test_a_wrong_merge_is_caught_however_little_the_run_has_learned(
-    tmp_path, monkeypatch, flags, bases, dtypes, std, wrong
+    tmp_path, monkeypatch, flags, bases, dtypes
 ):
     """An adapter that is lost, subtracted, doubled or halved; once, the right one, passes.
 
     The effect is small beside bfloat16's rounding: its share in each layer tells.
     """
-    run = made_run(tmp_path, *flags, std=std)
+    run = made_run(tmp_path, *flags, std=0.012)  # 0.0016 nats a token
     trained = merging.score_trained(run, "final", 2)
     for base, dtype in product(bases, dtypes):
         kind = getattr(torch, dtype)
         assert wrongly_merged(monkeypatch, trained, 1.0, base, kind) == (0, 28)
-        for factor in wrong:
+        for factor in (0.0, -1.0, 2.0, 0.5):
             assert wrongly_merged(monkeypatch, trained, factor, base, kind) == (28, 28)
 
 
@@ -201,7 +196,9 @@ def deep_model(folder, layers):
     return folder
 
 
-@pytest.mark.parametrize("layers", [4, 12, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layers", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (12, 30))]
+)
 @pytest.mark.parametrize(
     ("flags", "dtype"),
     [
