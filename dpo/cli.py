@@ -7,20 +7,22 @@ quickstart configuration; with one, from the defaults of the classes.
 
 import difflib
 import logging
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dpo.config import PACKAGE, Config, DataSource, refusal, refuse
+from dpo.config import PACKAGE, Config, DataSource, as_saved, map_paths, refusal, refuse
 from dpo.errors import UserError
 
+_LIST_KEYS = ("--lora.target_modules", "--train.report_to")
 QUICKSTART = PACKAGE / "quickstart" / "config.yaml"
 # Warnings of libraries about themselves, which give a user nothing to do.
 _KNOWN_WARNINGS = (
@@ -38,26 +40,61 @@ def parse(argv: Sequence[str] | None = None, prog: str = "scripts/train.py") -> 
     """
     import jsonargparse
 
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = _with_lists(sys.argv[1:] if argv is None else argv)
     parser = _parser(prog)
     has_config = any(arg == "--config" or arg.startswith("--config=") for arg in argv)
     if not has_config:
         argv = ["--config", str(QUICKSTART), *argv]
     try:
         namespace = parser.parse_args(argv)
-        own_data = yaml.safe_load(QUICKSTART.read_text())["data"]["name_or_path"]
-        if not has_config and namespace["data.name_or_path"] != own_data:
-            # Other data: the quickstart's own held-out rows and its ground truth do not apply.
-            argv[2:2] = ["--data.eval_path", "null", "--train.eval_exact_match", "false"]
-            argv[2:2] = ["--train.metric_for_best_model", "null"]
+        if not has_config and (instead := _instead_of_the_quickstarts(namespace)):
+            argv[2:2] = instead  # before the user's flags, which win
             namespace = parser.parse_args(argv)
     except (jsonargparse.ArgumentError, UnicodeDecodeError) as error:
         raise UserError(_explain(str(error))) from None
     _check_shape(namespace)
     sections = parser.instantiate(namespace)
     config = Config(**{section.name: sections[section.name] for section in fields(Config)})
+    map_paths(config, lambda path: os.path.expanduser(os.path.expandvars(path)))
     config.check()
     return config
+
+
+def _with_lists(argv: Sequence[str]) -> list[str]:
+    """Joins the words after a key that takes several: `--lora.target_modules q_proj v_proj`."""
+    joined: list[str] = []
+    words: list[str] = []
+    for arg in [*argv, "--"]:
+        if not arg.startswith("--"):
+            words.append(arg)
+            continue
+        is_list = len(words) > 1 and joined and joined[-1] in _LIST_KEYS
+        joined += [f"[{', '.join(words)}]"] if is_list else words
+        words = []
+        joined.append(arg)
+    return joined[:-1]
+
+
+def _instead_of_the_quickstarts(namespace: Any) -> list[str]:
+    """Flags for what the quickstart's values do not fit: other data, or another model."""
+    own: Any = yaml.safe_load(QUICKSTART.read_text())
+    flags: list[str] = []
+    if namespace["data.name_or_path"] != own["data"]["name_or_path"]:
+        # Its held-out rows and its ground truth are about its own rows.
+        flags += ["--data.eval_path", "null", "--train.eval_exact_match", "false"]
+        flags += ["--train.metric_for_best_model", "null"]
+    if namespace["model.name_or_path"] != own["model"]["name_or_path"]:
+        # Its learning rate and beta are for its tiny model; the defaults are the article's.
+        for section in ("loss", "optim"):
+            for key in own[section]:
+                flags += [f"--{section}.{key}", str(getattr(getattr(Config(), section), key))]
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                "note: the quickstart's loss.* and optim.* are for its own model; this one starts "
+                "from the article's (beta 0.1, learning rate 5e-05). Flags set them.",
+                file=sys.stderr,
+            )
+    return flags
 
 
 @cache
@@ -126,7 +163,7 @@ def _explain(message: str) -> str:
 
 def save(config: Config, path: Path) -> None:
     """Writes every key, so that the run can be repeated from this file alone."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+    path.write_text(yaml.safe_dump(as_saved(config), sort_keys=False, allow_unicode=True))
 
 
 def run_script(main: Callable[[], object], stopped: str = "stopped") -> None:

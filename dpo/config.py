@@ -3,7 +3,9 @@
 The defaults are those of the NeuralHermes article. `dpo.cli` reads files and flags.
 """
 
+import copy
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -171,10 +173,18 @@ class OptimConfig:
     """cosine and linear fall to 0 at the last step."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises from 0."""
+    warmup_ratio: float | None = None
+    """Share of all steps over which it rises, in place of warmup_steps."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them as they are."""
+
+    def num_warmup_steps(self, total_steps: int) -> int:
+        """Steps of the warm-up of a run of so many."""
+        if self.warmup_ratio is None:
+            return self.warmup_steps
+        return math.ceil(self.warmup_ratio * total_steps)
 
 
 @dataclass(kw_only=True)
@@ -355,6 +365,10 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "loss.label_smoothing": ("at least 0 and below 0.5", lambda x: 0 <= x < 0.5),
     "optim.learning_rate": _POSITIVE,
     "optim.warmup_steps": _NOT_NEGATIVE,
+    "optim.warmup_ratio": (
+        "null, or at least 0 and below 1",
+        lambda x: x is None or 0 <= x < 1,
+    ),
     "optim.weight_decay": _NOT_NEGATIVE,
     "optim.max_grad_norm": _NOT_NEGATIVE,
     "train.per_device_train_batch_size": _POSITIVE,
@@ -380,6 +394,37 @@ def refusal(key: str, got: object, wanted: str) -> str:
 def refuse(key: str, got: object, wanted: str) -> NoReturn:
     """Raises `refusal` as a UserError."""
     raise UserError(refusal(key, got, wanted))
+
+
+def map_paths(config: Config, change: Callable[[str], str]) -> None:
+    """Changes the value of every key that may hold a path, in place."""
+    model, data, train = config.model, config.data, config.train
+    model.name_or_path = change(model.name_or_path)
+    if isinstance(data.name_or_path, str):
+        data.name_or_path = change(data.name_or_path)
+    else:
+        for source in data.name_or_path:
+            source.path = change(source.path)
+    data.eval_path = data.eval_path and change(data.eval_path)
+    data.chat_template = change(data.chat_template)
+    config.reference.cache = change(config.reference.cache)
+    train.output_dir, train.resume = change(train.output_dir), change(train.resume)
+
+
+def as_saved(config: Config) -> dict[str, Any]:
+    """All keys, nested, as config.yaml holds them: local paths are absolute.
+
+    So a run can be evaluated, merged and resumed from any working directory.
+    """
+    saved = copy.deepcopy(config)
+    map_paths(saved, absolute)
+    return asdict(saved)
+
+
+def absolute(name: str) -> str:
+    """The absolute path of what exists here; any other name, such as a hub id, is kept."""
+    is_word = name in ("auto", "none", "off", "never", "chatml")
+    return name if is_word or not Path(name).exists() else str(Path(name).absolute())
 
 
 def _check_ranges(config: Config) -> None:

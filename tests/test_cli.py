@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import yaml
@@ -86,6 +87,68 @@ def test_the_quickstarts_own_data_keeps_its_held_out_rows():
 def test_other_data_with_held_out_rows_of_its_own_keeps_those():
     config = parse(["--data.name_or_path", "my/pairs.jsonl", "--data.eval_path", "my/eval.jsonl"])
     assert config.data.eval_path == "my/eval.jsonl"
+
+
+def test_another_model_gets_the_articles_loss_and_optimizer_and_says_so(capsys):
+    """The quickstart's learning rate of 1e-3 would destroy any other model."""
+    config = parse(["--model.name_or_path", "some/model"])
+    assert (config.loss, config.optim) == (Config().loss, Config().optim)
+    assert capsys.readouterr().err.startswith("note: the quickstart's loss.* and optim.* are for")
+    config = parse(["--model.name_or_path", "some/model", "--loss.beta", "0.2"])
+    assert (config.loss.beta, config.optim.learning_rate) == (0.2, 5e-5)
+    capsys.readouterr()
+    own = parse(["--model.dtype", "bfloat16"])
+    assert (own.loss.beta, own.optim.learning_rate) == (0.3, 1e-3)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["[q_proj, v_proj]"], ["q_proj", "v_proj"]),
+        (["all-linear"], "all-linear"),
+    ],
+)
+def test_a_list_may_be_written_as_words(words, expected):
+    config = parse(["--lora.target_modules", *words, "--loss.beta", "0.2"])
+    assert (config.lora.target_modules, config.loss.beta) == (expected, 0.2)
+    config = parse(["--train.max_steps", "3", "--lora.target_modules", *words])
+    assert (config.lora.target_modules, config.train.max_steps) == (expected, 3)
+
+
+def test_home_and_variables_are_expanded_in_every_path(written, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("BASE", "/models")
+    flags = ["--train.output_dir", "~/runs/a", "--data.eval_path", "$BASE/held_out.jsonl"]
+    flags += ["--reference.cache", "~/cache", "--data.chat_template", "${BASE}/t.jinja"]
+    config = parse([*written("model: {name_or_path: '${BASE}/7b'}"), *flags])
+    assert config.model.name_or_path == "/models/7b"
+    assert config.train.output_dir == "/home/me/runs/a"
+    assert config.data.eval_path == "/models/held_out.jsonl"
+    assert config.data.chat_template == "/models/t.jinja"
+    assert config.reference.cache == "/home/me/cache"
+    sources = "data: {name_or_path: [{path: ~/a.jsonl}, {path: org/rows}]}"
+    sources = parse(written(sources)).data.name_or_path
+    assert [source.path for source in sources] == ["/home/me/a.jsonl", "org/rows"]
+
+
+def test_a_saved_configuration_has_absolute_paths_and_keeps_hub_ids(tmp_path, monkeypatch):
+    """So that a run can be evaluated from any working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.jsonl", "auto"):
+        Path(name).write_text("")
+    config = parse(["--model.name_or_path", "org/model", "--data.name_or_path", "rows.jsonl"])
+    Path("runs").mkdir()
+    config.train.output_dir = "runs"
+    save(config, tmp_path / "saved.yaml")
+    assert config.data.name_or_path == "rows.jsonl"  # what is printed stays short
+    monkeypatch.chdir("/")
+    again = parse(["--config", str(tmp_path / "saved.yaml")])
+    assert again.data.name_or_path == str(tmp_path / "rows.jsonl")
+    assert again.train.output_dir == str(tmp_path / "runs")
+    assert again.model.name_or_path == "org/model"
+    assert again.reference.cache == "auto"  # a word, although there is a file of that name
 
 
 def test_with_a_config_it_starts_from_the_defaults(written):

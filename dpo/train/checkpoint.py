@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dpo import run_folder
-from dpo.config import Config
+from dpo.cli import save
+from dpo.config import Config, absolute, as_saved
 from dpo.data.files import file_sums
 from dpo.errors import UserError
 from dpo.model.load import is_adapted, load_weights
@@ -130,7 +131,7 @@ def save_checkpoint(
     save_weights(model, unfinished)
     torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
     (unfinished / "state.json").write_text(json.dumps({"step": step, **asdict(identity), **state}))
-    (unfinished / run_folder.CONFIG).write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    save(config, unfinished / run_folder.CONFIG)
     manifest = file_sums(unfinished, "*")
     (unfinished / "manifest.json").write_text(json.dumps(manifest))
     os.rename(unfinished, checkpoint)
@@ -234,21 +235,31 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 
 
 def _check_same_config(config: Config, checkpoint: Path) -> None:
+    saved = yaml.safe_load((checkpoint / run_folder.CONFIG).read_text())
     old, new = (
         {
             f"{section}.{key}": value
             for section, keys in nested.items()
             for key, value in keys.items()
         }
-        for nested in (yaml.safe_load((checkpoint / run_folder.CONFIG).read_text()), asdict(config))
+        for nested in (saved, as_saved(config))
     )
-    changed = [key for key in new if key not in _FREE_KEYS and old.get(key) != new[key]]
+    changed = [key for key in new if key not in _FREE_KEYS and _moved(old.get(key)) != new[key]]
     if changed:
         listed = ", ".join(f"{key} (was {old.get(key)!r}, is {new[key]!r})" for key in changed)
         raise UserError(
             f"train.resume: {checkpoint} was trained with another configuration: {listed}. Set it "
             "back, or set train.resume to never: the old run is then put aside."
         )
+
+
+def _moved(value: Any) -> Any:
+    """A saved value as it would be saved now: versions up to 0.4.0 kept relative paths."""
+    if isinstance(value, list):
+        return [_moved(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _moved(item) for key, item in value.items()}
+    return absolute(value) if isinstance(value, str) else value
 
 
 def _put_aside(folder: Path) -> None:

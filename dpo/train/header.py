@@ -71,9 +71,12 @@ def _remarks(
 ) -> list[str]:
     """What is allowed and probably not meant, and settings of the environment that are ignored."""
     remarks = []
-    if config.optim.warmup_steps >= order.num_steps:
+    warmup = config.optim.num_warmup_steps(order.num_steps)
+    if config.optim.warmup_ratio is not None:
+        remarks.append(f"optim.warmup_ratio: a warm-up of {warmup} steps, not of warmup_steps")
+    if warmup >= order.num_steps:
         remarks.append(
-            f"the warm-up ({config.optim.warmup_steps} steps) is not shorter than the run: "
+            f"the warm-up ({warmup} steps) is not shorter than the run: "
             "optim.learning_rate is never reached"
         )
     if len(data.train) < order.pairs_per_step:

@@ -18,13 +18,13 @@ from dpo.config import OptimConfig
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     """The learning rate of optimizer step `step`, counted from 0.
 
-    Rises linearly from 0 over `warmup_steps`, then falls to 0 at `total_steps` (cosine, linear) or
+    Rises linearly from 0 over the warm-up, then falls to 0 at `total_steps` (cosine, linear) or
     stays (constant): the schedules of transformers' `get_scheduler`.
     """
-    if step < config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    remaining = max(1, total_steps - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / remaining)
+    warmup = config.num_warmup_steps(total_steps)
+    if step < warmup:
+        return config.learning_rate * step / warmup
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     factor = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "linear": 1 - progress,

@@ -3,16 +3,20 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
+import yaml
 
 from dpo.data.stream import build_stream
 from dpo.errors import UserError
 from dpo.model.load import load_policy
 from dpo.model.scorer import Scorer
+from dpo.train import checkpoint as checkpoints
+from dpo.train.checkpoint import find_checkpoint
 from dpo.train.step import TrainStep
 from tests.train.runs import config, metrics, model_folder, run, training
 
@@ -147,6 +151,22 @@ def test_resume_refuses_another_configuration_and_names_the_key(tmp_path):
         run(config(tmp_path, "--train.save_steps", 2, "--optim.learning_rate", 0.5))
     with pytest.raises(UserError, match="took 16 pairs a step, now it would be 8"):
         run(config(tmp_path, "--train.per_device_train_batch_size", 8))
+
+
+def test_a_run_of_relative_paths_is_resumed_from_elsewhere(tmp_path, monkeypatch):
+    """Also from a checkpoint of versions up to 0.4.0, which kept the paths as they were typed."""
+    settings = config(tmp_path)
+    stopped_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "run" / "checkpoint-2" / "config.yaml"
+    assert yaml.safe_load(file.read_text())["data"]["name_or_path"] == settings.data.name_or_path
+    settings.data.name_or_path = Path(settings.data.name_or_path).name
+    assert find_checkpoint(settings) == file.parent
+    checkpoints._check_same_config(settings, file.parent)
+    typed = file.read_text().replace(f"{tmp_path}/{settings.data.name_or_path}", "rows.jsonl")
+    assert typed != file.read_text()
+    file.write_text(typed)
+    checkpoints._check_same_config(settings, file.parent)
 
 
 def test_resume_refuses_a_damaged_checkpoint_and_names_the_file(tmp_path):

@@ -44,6 +44,15 @@ def test_the_cosine_by_hand():
     assert rates == pytest.approx(wanted, abs=1e-14)
 
 
+@pytest.mark.parametrize(("ratio", "total", "steps"), [(0.1, 150, 15), (0.03, 50, 2), (0.0, 9, 0)])
+def test_a_warm_up_may_be_a_share_of_the_run(ratio, total, steps):
+    """Rounded up, as transformers does: 0.03 x 50 = 1.5, so 2 steps."""
+    by_ratio = OptimConfig(learning_rate=1.0, warmup_ratio=ratio, warmup_steps=7)
+    by_steps = OptimConfig(learning_rate=1.0, warmup_steps=steps)
+    for step in range(total):
+        assert learning_rate(step, total, by_ratio) == learning_rate(step, total, by_steps)
+
+
 def test_the_linear_and_the_constant_schedule_by_hand():
     """Peak 4, warm-up 2 of 6 steps: 0, 2 | 4, 3, 2, 1, and 0 at the end; or 4 throughout."""
     linear = OptimConfig(learning_rate=4.0, warmup_steps=2, lr_scheduler_type="linear")
