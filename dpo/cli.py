@@ -42,12 +42,14 @@ def parse(argv: Sequence[str] | None = None, prog: str = "scripts/train.py") -> 
 
     argv = _with_lists(sys.argv[1:] if argv is None else argv)
     parser = _parser(prog)
+    instead: list[str] = []
     has_config = any(arg == "--config" or arg.startswith("--config=") for arg in argv)
     if not has_config:
         argv = ["--config", str(QUICKSTART), *argv]
     try:
         namespace = parser.parse_args(argv)
-        if not has_config and (instead := _instead_of_the_quickstarts(namespace)):
+        if not has_config:
+            instead = _instead_of_the_quickstarts(namespace)
             argv[2:2] = instead  # before the user's flags, which win
             namespace = parser.parse_args(argv)
     except (jsonargparse.ArgumentError, UnicodeDecodeError) as error:
@@ -55,6 +57,11 @@ def parse(argv: Sequence[str] | None = None, prog: str = "scripts/train.py") -> 
     _check_shape(namespace)
     sections = parser.instantiate(namespace)
     config = Config(**{section.name: sections[section.name] for section in fields(Config)})
+    if "--loss.beta" in instead:
+        config.note = (
+            "loss.* and optim.* start from the article's values (beta 0.1, learning rate 5e-05): "
+            "the quickstart's are for its own model"
+        )
     map_paths(config, lambda path: os.path.expanduser(os.path.expandvars(path)))
     config.check()
     return config
@@ -88,12 +95,6 @@ def _instead_of_the_quickstarts(namespace: Any) -> list[str]:
         for section in ("loss", "optim"):
             for key in own[section]:
                 flags += [f"--{section}.{key}", str(getattr(getattr(Config(), section), key))]
-        if os.environ.get("RANK", "0") == "0":
-            print(
-                "note: the quickstart's loss.* and optim.* are for its own model; this one starts "
-                "from the article's (beta 0.1, learning rate 5e-05). Flags set them.",
-                file=sys.stderr,
-            )
     return flags
 
 

@@ -252,6 +252,8 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    note = ""  # what the command line chose by itself, for the run header; no key
+
     def check(self) -> None:
         """Refuses what cannot be honoured.
 

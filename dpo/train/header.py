@@ -70,7 +70,7 @@ def _remarks(
     config: Config, accelerator: Accelerator, data: PreferenceData, order: Order
 ) -> list[str]:
     """What is allowed and probably not meant, and settings of the environment that are ignored."""
-    remarks = []
+    remarks = [config.note] if config.note else []
     warmup = config.optim.num_warmup_steps(order.num_steps)
     if config.optim.warmup_ratio is not None:
         remarks.append(f"optim.warmup_ratio: a warm-up of {warmup} steps, not of warmup_steps")

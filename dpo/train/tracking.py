@@ -3,7 +3,7 @@
 import json
 import platform
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,8 @@ class Tracker:
         """Opens the trackers and the progress bar."""
         flat = {
             f"{section}.{key}": value if isinstance(value, int | float | str | bool) else str(value)
-            for section, keys in vars(config).items()
-            for key, value in vars(keys).items()
+            for section, keys in asdict(config).items()
+            for key, value in keys.items()
         }
         resumed = {"tensorboard": {"purge_step": start_step + 1}} if start_step else {}
         self._accelerator.init_trackers("tensorboard", init_kwargs=resumed)

@@ -19,8 +19,10 @@ from tests.train.runs import (
     config,
     first_step,
     metrics,
+    model_folder,
     rows_file,
     run,
+    started,
     training,
 )
 
@@ -168,6 +170,18 @@ def test_falling_chosen_log_probs_are_warned_of_once(tmp_path, capsys):
     chosen = [line["eval/logps/chosen"] for line in metrics(folder) if "eval/loss" in line]
     assert min(chosen[1:]) < chosen[0]
     assert capsys.readouterr().err.count("chosen answers have lost") == 1
+
+
+def test_the_header_says_what_the_command_line_chose_by_itself(tmp_path, capsys):
+    settings = config(tmp_path, "--model.name_or_path", model_folder(tmp_path))
+    assert "note: loss.* and optim.* start from the article's values" in about(settings, capsys)
+    assert "the article's" not in about(config(tmp_path, "--train.resume", "never"), capsys)
+
+
+def about(settings, capsys):
+    capsys.readouterr()
+    started(settings)
+    return capsys.readouterr().err
 
 
 def test_the_header_says_which_format_was_recognised(tmp_path, capsys):
