@@ -65,6 +65,7 @@ def test_every_variant_of_the_ablation_computes_the_same_step(task):
                 assert its[key] == pytest.approx(ours[key], rel=1e-4), (name, key)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_reports_its_memory_its_flops_and_the_tokens_of_a_step(task, monkeypatch):
     import common
 

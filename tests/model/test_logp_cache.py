@@ -81,6 +81,7 @@ def test_another_process_is_seen_after_a_refresh(tmp_path):
     assert found(mine, range(5)) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_two_processes_that_write_at_once_lose_nothing(tmp_path):
     """Each writes twenty shards of one pair, half of them the same pairs."""
     code = (
@@ -153,6 +154,7 @@ def test_a_file_that_is_no_shard_is_passed_over_and_counted(tmp_path, content):
     assert cache.num_damaged == 1
 
 
+@pytest.mark.slow
 def test_the_log_probs_of_a_large_cache_are_not_in_memory(tmp_path):
     """100 MB of log-probs, opened and asked for three pairs: the process grows by far less."""
     code = """
