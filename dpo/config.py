@@ -1,6 +1,7 @@
 """The configuration: a dataclass per section, a sentence per field, checked before weights load.
 
-The defaults are those of the NeuralHermes article. `dpo.cli` reads files and flags.
+The defaults are those of the NeuralHermes article. `dpo.cli` reads files and flags. The losses are
+imported where they are asked for, so that `--help` and a misspelt flag do not wait for torch.
 """
 
 import copy
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from dpo.errors import UserError
-from dpo.losses import LOSSES
 
 PACKAGE = Path(__file__).parent
 
@@ -145,6 +145,8 @@ class LossConfig:
     @property
     def options(self) -> dict[str, Any]:
         """The settings that the loss function takes, as keyword arguments."""
+        from dpo.losses import LOSSES
+
         accepted = inspect.signature(LOSSES[self.type]).parameters
         return {key: value for key, value in asdict(self).items() if key in accepted}
 
@@ -443,6 +445,8 @@ def _check_ranges(config: Config) -> None:
 
 
 def _check_loss(loss: LossConfig) -> None:
+    from dpo.losses import LOSSES
+
     if loss.type not in LOSSES:
         refuse("loss.type", loss.type, f"one of {', '.join(LOSSES)}")
     for option in fields(LossConfig):

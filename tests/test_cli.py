@@ -342,6 +342,21 @@ def test_a_flag_without_its_value_and_a_stray_word_are_users_errors():
     assert "stray" in refusal(["stray"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [(["--help"], 0, "--loss.beta"), (["--lora.rank", "8"], 2, "unknown key lora.rank")],
+)
+def test_help_and_a_misspelt_key_do_not_wait_for_torch(flags, code, said):
+    run = (
+        "import sys, dpo.cli\n"
+        "try: dpo.cli.run_script(dpo.cli.parse)\n"
+        "finally: assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", run, *flags], capture_output=True, text=True)
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr
+
+
 def test_a_script_says_one_line_and_exits_with_2():
     code = "from dpo.cli import parse, run_script; run_script(parse)"
     flags = ["--loss.beta", "0"]
