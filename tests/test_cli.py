@@ -200,13 +200,15 @@ def test_data_may_be_a_list_of_sources(written):
     [[], ["--data.name_or_path", "x"], ["--data.revision", "main", "--lora.init", "gaussian"]],
     ids=["quickstart", "other data", "strings where null and true stood"],
 )
-def test_a_saved_configuration_is_read_back_equal(argv, tmp_path):
+def test_a_saved_configuration_is_read_back_equal(argv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where none of its paths exists: they would be saved as absolute
     config = parse(argv)
     save(config, tmp_path / "config.yaml")
     assert parse(["--config", str(tmp_path / "config.yaml")]) == config
 
 
-def test_a_saved_list_of_sources_is_read_back_equal(written, tmp_path):
+def test_a_saved_list_of_sources_is_read_back_equal(written, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     config = parse(
         [*written(SOURCES), "--lora.target_modules", "[q_proj, v_proj]", "--data.subset", "Größe"]
     )
