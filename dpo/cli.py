@@ -28,6 +28,7 @@ QUICKSTART = PACKAGE / "quickstart" / "config.yaml"
 _KNOWN_WARNINGS = (
     "`is_gradient_checkpointing` is deprecated",  # peft 0.21 reads what transformers 5.23 renamed
     "Paged optimizers are not supported on CPU",  # the run header says so
+    "`broadcast_buffers` is deprecated",  # its successor is not in the oldest supported accelerate
 )
 
 

@@ -68,7 +68,6 @@ class Scorer(nn.Module):
         # A tuple keeps them out of the module tree, where every weight would be listed twice.
         self._parts = _Parts(causal_lm, backbone, _plain_head(causal_lm))
         self._logit_scale, self._softcap = _logit_transform(causal_lm.config.get_text_config())
-        self._no_split_modules = causal_lm._no_split_modules  # read by FSDP's wrapping policy
 
         modes = [(module, module.training) for module in model.modules()]
         self.eval()  # the probes compare two passes: no LoRA dropout
