@@ -51,6 +51,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "scripts/train.py") -> 
         namespace = parser.parse_args(argv)
         if not has_config:
             instead = _instead_of_the_quickstarts(namespace)
+        if instead:
             argv[2:2] = instead  # before the user's flags, which win
             namespace = parser.parse_args(argv)
     except (jsonargparse.ArgumentError, UnicodeDecodeError) as error:

@@ -160,9 +160,8 @@ def merge_run(
         rounding = trained.score(saved).apart(scores)
         say(f"Rounding alone moves the merged model by {rounding:.2g} nats each, on average.")
         refused = trained.refusal(error, rounding, base_scores)
-        if (
-            not error.mean <= 1.05 * errors[bases[0]].mean + 1e-5
-        ):  # a device may add in another order
+        same = 1.05 * errors[bases[0]].mean + 1e-5  # a device may add in another order
+        if not error.mean <= same:
             refused = "the files on the disk do not read back as the merge"
         if wrong:
             refused = f"{len(wrong)} of {len(probes)} layers are wrong: {'; '.join(wrong[:3])}"

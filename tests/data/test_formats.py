@@ -9,26 +9,10 @@ from hypothesis import strategies as st
 
 from dpo.data.formats import FORMATS, RowError, recognise, to_preference
 from dpo.errors import UserError
+from tests.data.rows import assistant, system, tool, user
 
 SYSTEM = "You are an AI assistant. Think step-by-step and justify your steps."
 SHORE = "Fact: cutting down trees harms an ecosystem.\nQuestion: What does it harm?"
-
-
-def system(content):
-    return {"role": "system", "content": content}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
-
-def tool(content):
-    return {"role": "tool", "content": content}
-
 
 ORCA = {
     "system": SYSTEM,
