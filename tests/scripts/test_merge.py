@@ -102,6 +102,18 @@ def test_without_a_token_nothing_is_merged_to_be_pushed(tmp_path):
     assert not (run / "merged").exists()
 
 
+def test_a_refused_merge_exits_with_2_and_unverified_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpo.after.merge.merge_adapter", lambda base, *_: base)
+    run = made_run(tmp_path)
+    code, _, err = called("merge.py", run, "--pairs", 2)
+    assert code == 2
+    assert err.startswith("error: merge: 28 of 28 layers are wrong")
+    assert not (run / "merged").exists()
+    code, out, err = called("merge.py", run, "--pairs", 2, "--unverified")
+    assert code == 0, err
+    assert "NOT verified: 28 of 28 layers are wrong" in out
+
+
 def test_a_dora_run_is_merged(tmp_path):
     run = made_run(tmp_path, "--lora.use_dora", "true", "--lora.use_rslora", "true", std=0.1)
     code, _, err = called("merge.py", run, "--pairs", 8, "--dtype", "bfloat16")

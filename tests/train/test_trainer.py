@@ -178,6 +178,12 @@ def test_the_header_says_what_the_command_line_chose_by_itself(tmp_path, capsys)
     assert "the article's" not in about(config(tmp_path, "--train.resume", "never"), capsys)
 
 
+def test_the_header_says_how_long_a_warm_up_by_ratio_is(tmp_path, capsys):
+    """A third of 3 steps, rounded up."""
+    said = about(config(tmp_path, "--optim.warmup_ratio", 0.33), capsys)
+    assert "note: optim.warmup_ratio: a warm-up of 1 steps, not of warmup_steps" in said
+
+
 def about(settings, capsys):
     capsys.readouterr()
     started(settings)
