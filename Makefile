@@ -18,10 +18,10 @@ train: .venv/installed
 article: .venv/installed-dev
 	rm -rf runs/article
 	$(BIN)/accelerate launch $(LAUNCH) scripts/train.py --model.quantization nf4 --train.output_dir runs/article
-	$(BIN)/python scripts/merge.py runs/article --dtype bfloat16
-	$(BIN)/python scripts/generate.py runs/article/merged "Tell me the last of these words: bread, flower, garden."
-	$(BIN)/python scripts/evaluate.py runs/article --judge exact_match --lm_eval quickstart --include_path docs/lm_eval
-	$(BIN)/python scripts/report.py runs/article
+	$(BIN)/dpo merge runs/article --dtype bfloat16
+	$(BIN)/dpo generate runs/article/merged "Tell me the last of these words: bread, flower, garden."
+	$(BIN)/dpo evaluate runs/article --judge exact_match --lm_eval quickstart --include_path docs/lm_eval
+	$(BIN)/dpo report runs/article
 
 # All tests but those that are slow, start several processes, or need a browser or a GPU.
 test: .venv/installed-dev

@@ -1,15 +1,19 @@
 """The command line: a YAML file, then flags; a user's mistake is one message and exit code 2.
 
-`parse(argv)` reads `--config FILE` (YAML, nested like the classes of dpo.config) and then flags,
-each of which sets one key: `--section.key value`. With no `--config` it starts from the packaged
-quickstart configuration; with one, from the defaults of the classes.
+A command of dpo.commands makes its parser by `new_parser`, or by `config_parser` if it takes the
+configuration: `--config FILE` (YAML, nested like the classes of dpo.config), then the variables
+`DPO_SECTION__KEY=value`, then the flags `--section.key value`; the later one wins. With no
+`--config` it starts from the packaged quickstart configuration; with one, from the defaults of the
+classes.
 """
 
+import argparse
 import difflib
 import logging
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -17,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import yaml
 
 from dpo.config import PACKAGE, Config, DataSource, as_saved, map_paths, refusal, refuse
@@ -24,6 +29,7 @@ from dpo.errors import UserError
 
 _LIST_KEYS = ("--lora.target_modules", "--train.report_to")
 QUICKSTART = PACKAGE / "quickstart" / "config.yaml"
+RECIPES = PACKAGE / "recipes"
 # Warnings of libraries about themselves, which give a user nothing to do.
 _KNOWN_WARNINGS = (
     "`is_gradient_checkpointing` is deprecated",  # peft 0.21 reads what transformers 5.23 renamed
@@ -31,31 +37,79 @@ _KNOWN_WARNINGS = (
     "`broadcast_buffers` is deprecated",  # its successor is not in the oldest supported accelerate
 )
 
+Parser = Any  # jsonargparse.ArgumentParser, whose methods are not typed
+# The sentence below a field of a dataclass is the help of its flag.
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-def parse(argv: Sequence[str] | None = None, prog: str = "scripts/train.py") -> Config:
-    """The checked configuration from command-line flags.
+
+class _Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """Keeps the lines of a module's docstring, and calls a type by its name."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return re.sub(r"<class '(\w+)'>", r"\1", super()._expand_help(action))
+
+
+def new_parser(prog: str, description: str | None) -> Parser:
+    """A parser that raises its errors, for `read_flags`."""
+    # No abbreviations: --optim.lr would mean lr_scheduler_type.
+    return jsonargparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        formatter_class=_Help,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+
+
+def config_parser(prog: str, description: str | None = None) -> Parser:
+    """A parser of `--config` and a flag for every key, for `read_config`."""
+    parser = new_parser(prog, description)
+    parser.usage = f"{prog} [--config FILE] [--section.key value ...]"
+    parser.add_argument("--config", action="config", help="YAML file, or name of a recipe")
+    parser.add_class_arguments(Config, None)
+    return parser
+
+
+def read_flags(parser: Parser, argv: Sequence[str]) -> Any:
+    """The namespace of what was given.
 
     Raises:
-        UserError: an unknown key (with the nearest known ones), a value of the wrong type, or one
-            that cannot be honoured.
+        UserError: an unknown flag (with the nearest known ones), or a value of the wrong type.
     """
-    import jsonargparse
-
-    argv = _with_lists(sys.argv[1:] if argv is None else argv)
-    parser = _parser(prog)
-    instead: list[str] = []
-    has_config = any(arg == "--config" or arg.startswith("--config=") for arg in argv)
-    if not has_config:
-        argv = ["--config", str(QUICKSTART), *argv]
     try:
-        namespace = parser.parse_args(argv)
-        if not has_config:
-            instead = _instead_of_the_quickstarts(namespace)
-        if instead:
-            argv[2:2] = instead  # before the user's flags, which win
-            namespace = parser.parse_args(argv)
+        return parser.parse_args(argv)
     except (jsonargparse.ArgumentError, UnicodeDecodeError) as error:
-        raise UserError(_explain(str(error))) from None
+        raise UserError(_explain(str(error), parser)) from None
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """The checked configuration from the flags of `dpo train`; see `read_config`."""
+    return read_config(_train_parser(), sys.argv[1:] if argv is None else argv)[0]
+
+
+@cache
+def _train_parser() -> Parser:
+    """Built once: it reads the sentence of every key from the source of the classes."""
+    return config_parser("dpo train")
+
+
+def read_config(parser: Parser, argv: Sequence[str]) -> tuple[Config, Any]:
+    """The checked configuration, and the namespace with the command's own flags.
+
+    Raises:
+        UserError: as `read_flags`, or a value that cannot be honoured.
+    """
+    files, flags = _config_files(argv)
+    flags = [*_environment(), *_with_lists(flags)]
+    instead: list[str] = []
+    if files:
+        namespace = read_flags(parser, [*files, *flags])
+    else:
+        files = ["--config", str(QUICKSTART)]
+        namespace = read_flags(parser, [*files, *flags])
+        instead = _instead_of_the_quickstarts(namespace)
+        if instead:
+            namespace = read_flags(parser, [*files, *instead, *flags])
     _check_shape(namespace)
     sections = parser.instantiate(namespace)
     config = Config(**{section.name: sections[section.name] for section in fields(Config)})
@@ -64,9 +118,54 @@ def parse(argv: Sequence[str] | None = None, prog: str = "scripts/train.py") -> 
             "loss.* and optim.* start from the article's values (beta 0.1, learning rate 5e-05): "
             "the quickstart's are for its own model"
         )
-    map_paths(config, lambda path: os.path.expanduser(os.path.expandvars(path)))
+    map_paths(config, _expand)
     config.check()
-    return config
+    return config, namespace
+
+
+def _expand(path: str) -> str:
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def _config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`--config FILE` or NAME, resolved, and the other flags, which win wherever they stand."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own.add_argument("--config", action="append", default=[])
+    try:
+        given, flags = own.parse_known_args(argv)
+    except argparse.ArgumentError:
+        raise UserError("--config: got no file after it.") from None
+    return [word for name in given.config for word in ("--config", str(recipe_file(name)))], flags
+
+
+def recipe_file(name: str) -> Path:
+    """The YAML file at a path, or the packaged recipe of that name.
+
+    Raises:
+        UserError: neither.
+    """
+    for file in (Path(_expand(name)), RECIPES / f"{name}.yaml"):
+        if file.is_file():
+            return file
+    known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+    raise UserError(
+        f"--config: {name} does not exist. Name a YAML file, or one of the recipes: {known}."
+    )
+
+
+def _environment() -> list[str]:
+    """A flag for each `DPO_SECTION__KEY` of the environment.
+
+    Raises:
+        UserError: there is no such key.
+    """
+    flags = {f"DPO_{key.replace('.', '__').upper()}": f"--{key}" for key in known_keys()}
+    given = {name: value for name, value in os.environ.items() if re.match("DPO_[A-Z]+__", name)}
+    for name in given.keys() - flags.keys():
+        near = difflib.get_close_matches(name, flags, n=3, cutoff=0.5)
+        hint = f" Nearest: {', '.join(near)}." if near else ""
+        raise UserError(f"environment: {name} sets no key.{hint} Correct it, or unset it.")
+    return [f"{flags[name]}={value}" for name, value in given.items()]
 
 
 def _with_lists(argv: Sequence[str]) -> list[str]:
@@ -100,19 +199,6 @@ def _instead_of_the_quickstarts(namespace: Any) -> list[str]:
     return flags
 
 
-@cache
-def _parser(prog: str) -> Any:
-    """Built once: it reads the sentence of every key from the source of the classes."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    # No abbreviations: --optim.lr would mean lr_scheduler_type.
-    parser: Any = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(Config, None)
-    return parser
-
-
 def _check_shape(namespace: Any) -> None:
     """Refuses what the parser lets through: a section without keys, a null where none may be."""
     for section in fields(Config):
@@ -133,8 +219,11 @@ def known_keys() -> list[str]:
     ]
 
 
-def _explain(message: str) -> str:
+def _explain(message: str, parser: Parser) -> str:
     """The parser's message in our words, with the nearest known keys to an unknown one."""
+    known = list(parser.get_defaults().keys())
+    takes_config = "loss.beta" in known
+    about = "configuration" if takes_config else parser.prog
     if message.startswith("Unexpected config"):
         return "configuration: the file is empty, or not made of sections with keys below them."
     unknown = re.search(r"arguments: --([\w.]+)|[Oo]ption '([\w.]+)'", message)
@@ -156,12 +245,13 @@ def _explain(message: str) -> str:
         )
         return refusal(key[1], given[1], wanted.replace("NoneType", "null"))
     if not unknown:
-        return "configuration: " + re.sub(r'Parser key "([^"]+)":', r"--\1:", message)
+        return f"{about}: " + re.sub(r'Parser key "([^"]+)":', r"--\1:", message)
     group = re.search(r"Group '(\w+)'", message)
     full = f"{group[1]}.{name}" if group else name
-    near = difflib.get_close_matches(full, known_keys(), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(full, known, n=3, cutoff=0.5)
     hint = f" Nearest: {', '.join(near)}." if near else ""
-    return f"configuration: unknown key {full}.{hint} All keys: scripts/train.py --help."
+    kind = "key" if takes_config else "flag"
+    return f"{about}: unknown {kind} {full}.{hint} All {kind}s: {parser.prog} --help."
 
 
 def save(config: Config, path: Path) -> None:
@@ -169,8 +259,8 @@ def save(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(as_saved(config), sort_keys=False, allow_unicode=True))
 
 
-def run_script(main: Callable[[], object], stopped: str = "stopped") -> None:
-    """Runs a script: a user's mistake becomes one message and exit code 2, without a traceback.
+def run_command(main: Callable[[], object], stopped: str = "stopped") -> None:
+    """Runs a command: a user's mistake becomes one message and exit code 2, without a traceback.
 
     `stopped`: the message after Ctrl-C.
     """
@@ -180,6 +270,8 @@ def run_script(main: Callable[[], object], stopped: str = "stopped") -> None:
     try:
         main()
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # the launcher stops us when the first rank has left, and has said it
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -28,6 +28,16 @@ def on_main(accelerator: Accelerator, do: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def main_first(accelerator: Accelerator, do: Callable[[], T]) -> T:
+    """Runs `do` on the main process, then on the others, which find what it has cached.
+
+    Every process gets its own result, or the main one's UserError.
+    """
+    done: list[T] = []
+    on_main(accelerator, lambda: done.append(do()))
+    return done[0] if done else do()
+
+
 def smallest_over_ranks(accelerator: Accelerator, number: int) -> int:
     """The smallest of the numbers that all ranks give."""
     numbers: Any = accelerator.gather(torch.tensor([number], device=accelerator.device))

@@ -30,7 +30,7 @@ MERGED = "merged"
 TOKEN_REWARDS = "token_rewards.json"
 SUMMARY = "summary.json"  # held-out metrics before and after: the run is finished
 REPORT = "report.html"
-# Written by scripts/evaluate.py: a file for each part that it measures.
+# Written by dpo evaluate: a file for each part that it measures.
 MEASURED = {"held_out": "held_out.json", "win_rate": "win_rate.json", "lm_eval": "lm_eval.json"}
 JUDGED = "judged.jsonl"  # the answers behind the win rate
 

@@ -13,7 +13,7 @@ SOURCES = [*sorted((ROOT / "dpo").rglob("*.py")), *sorted((ROOT / "scripts").rgl
 # Each imports only from its left, or from itself.
 ORDER = """
 errors losses logps metrics config cli run_folder table ranks data model plan evaluate report
-train after scripts
+train after commands __main__ scripts
 """.split()
 OUTSIDE = ("", "quickstart")  # dpo/__init__.py, and the scripts that make the quickstart's files
 BARE = ("losses", "logps")  # a student runs these with torch alone

@@ -237,7 +237,7 @@ def test_an_unknown_flag_is_refused_with_the_nearest_key(flag, nearest):
     message = refusal([flag, "3"])
     assert f"unknown key {flag.removeprefix('--')}." in message
     assert nearest in re.search(r"Nearest: (.*?)\. ", message)[1].split(", ")
-    assert "scripts/train.py --help" in message
+    assert "dpo train --help" in message
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_a_flag_without_its_value_and_a_stray_word_are_users_errors():
 def test_help_and_a_misspelt_key_do_not_wait_for_torch(flags, code, said):
     run = (
         "import sys, dpo.cli\n"
-        "try: dpo.cli.run_script(dpo.cli.parse)\n"
+        "try: dpo.cli.run_command(dpo.cli.parse)\n"
         "finally: assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", run, *flags], capture_output=True, text=True)
@@ -360,7 +360,7 @@ def test_help_and_a_misspelt_key_do_not_wait_for_torch(flags, code, said):
 
 
 def test_a_script_says_one_line_and_exits_with_2():
-    code = "from dpo.cli import parse, run_script; run_script(parse)"
+    code = "from dpo.cli import parse, run_command; run_command(parse)"
     flags = ["--loss.beta", "0"]
     done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
     assert done.returncode == 2

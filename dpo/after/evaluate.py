@@ -8,7 +8,7 @@ training, and the KL is measured to the model before training.
 import json
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from dpo.after.judges import (
     load_judge,
     win_rate_statistics,
 )
+from dpo.after.options import EvaluateOptions
 from dpo.after.output import check_output
 from dpo.data.chat import choose_template, stop_ids
 from dpo.data.files import file_sums
@@ -34,59 +35,14 @@ from dpo.data.loader import Pairs, load_data
 from dpo.data.stream import Stream, TokenizedPair
 from dpo.errors import UserError
 from dpo.evaluate.evaluator import held_out_columns, score_pairs
-from dpo.evaluate.samples import Sampling, generate
+from dpo.evaluate.samples import generate
 from dpo.evaluate.statistics import Columns, group_statistics, spread
 from dpo.model.reference import TokenLogps, choose_mode
 from dpo.model.scorer import Scorer
 from dpo.report.evaluation_tables import evaluation_tables
 
-_NEEDS = {
-    "data_format": "data_path",
-    "judge_model": "judge",
-    "temperature": "judge",
-    "top_p": "judge",
-    "include_path": "lm_eval",
-    "limit": "lm_eval",
-}
 
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What to measure: the flags of scripts/evaluate.py; None is the run's own value."""
-
-    weights: str = run_folder.FINAL
-    data_path: str | None = None
-    data_format: str = "auto"
-    prompts: int = 200
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    judge: str | None = None
-    judge_model: str | None = None
-    lm_eval: str | None = None
-    include_path: Path | None = None
-    limit: int | None = None
-    batch_size: int = 16
-    output: Path | None = None
-
-    def check(self) -> None:
-        """Refuses numbers out of range, and options that would do nothing."""
-        for name in ("prompts", "max_new_tokens", "limit", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}: got {value}, wanted 1 or more.")
-        Sampling(temperature=self.temperature, top_p=self.top_p)
-        for name, needed in _NEEDS.items():
-            value = getattr(self, name)
-            if value != getattr(Options, name) and not getattr(self, needed):
-                raise UserError(
-                    f"--{name}: got {value}, which does nothing without --{needed}. Leave it out, "
-                    f"or give --{needed}."
-                )
-
-
-def evaluate_run(folder: Path, options: Options) -> Iterator[str]:
+def evaluate_run(folder: Path, options: EvaluateOptions) -> Iterator[str]:
     """Measures part by part; writes each part to its own file at once, and yields its tables.
 
     A file says which weights were measured, with which options and versions. A value that is not
@@ -144,7 +100,7 @@ def _written(output: Path, part: str, results: dict[str, Any]) -> Iterator[str]:
         yield f"Not finite: {len(not_finite)} of them. Strict readers of JSON refuse the file."
 
 
-def _pairs(finished: FinishedRun, options: Options) -> tuple[Pairs, str]:
+def _pairs(finished: FinishedRun, options: EvaluateOptions) -> tuple[Pairs, str]:
     """The run's held-out pairs, or those of a file under the run's template; and a description."""
     if options.data_path is None:
         return finished.data.held_out, "held out by the run"
@@ -163,7 +119,7 @@ def _pairs(finished: FinishedRun, options: Options) -> tuple[Pairs, str]:
     return loaded.train, f"{options.data_path}: {loaded.summary[0].removeprefix('data: ')}"
 
 
-def measure_pairs(finished: FinishedRun, pairs: Pairs, options: Options) -> dict[str, Any]:
+def measure_pairs(finished: FinishedRun, pairs: Pairs, options: EvaluateOptions) -> dict[str, Any]:
     """The statistics of held-out pairs, by group; and whether the run had a reference."""
     has_reference = choose_mode(finished.config.reference.mode, finished.policy) != "zero"
     return {
@@ -173,7 +129,7 @@ def measure_pairs(finished: FinishedRun, pairs: Pairs, options: Options) -> dict
     }
 
 
-def _columns(finished: FinishedRun, pairs: Pairs, options: Options) -> Columns:
+def _columns(finished: FinishedRun, pairs: Pairs, options: EvaluateOptions) -> Columns:
     before = before_training(finished)
     how: dict[str, Any] = {
         "tokens_per_microbatch": finished.config.train.scoring_tokens,
@@ -214,7 +170,9 @@ def before_training(finished: FinishedRun) -> TokenLogps:
     return score
 
 
-def _sampling(finished: FinishedRun, options: Options, temperature: float) -> dict[str, Any]:
+def _sampling(
+    finished: FinishedRun, options: EvaluateOptions, temperature: float
+) -> dict[str, Any]:
     template = choose_template(finished.tokenizer, finished.config.data.chat_template)
     return {
         "stop_ids": stop_ids(finished.policy.model, finished.tokenizer, template),
@@ -229,7 +187,7 @@ def measure_win_rate(
     finished: FinishedRun,
     pairs: Pairs,
     judge: FunctionJudge | EndpointJudge,
-    options: Options,
+    options: EvaluateOptions,
     file: Path,
 ) -> dict[str, Any]:
     """Lets both models answer the same prompts from the same seed, and the judge compare them."""

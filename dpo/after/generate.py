@@ -1,4 +1,4 @@
-"""The work of scripts/generate.py: loads models, and lets them answer in batches or in a chat.
+"""The work of dpo generate: loads models, and lets them answer in batches or in a chat.
 
 A run folder gives two speakers from one loaded model: the policy, and the base, which is what the
 policy was before training. A model folder, such as a merged model, gives the policy alone.
@@ -26,7 +26,8 @@ from dpo.config import Config, ModelConfig
 from dpo.data.chat import choose_template, stop_ids
 from dpo.data.formats import IM_START, Message
 from dpo.errors import UserError
-from dpo.evaluate.samples import Sampling, generate
+from dpo.evaluate.samples import generate
+from dpo.evaluate.sampling import Sampling
 from dpo.model.load import load_base, load_tokenizer
 
 

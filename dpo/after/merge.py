@@ -42,8 +42,6 @@ from dpo.errors import UserError
 from dpo.model.load import load_base
 from dpo.model.scorer import Scorer
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-BASES = ("auto", "dequantized", "16bit")
 _INT8_EPSILON = 2 / 127  # LLM.int8 rounds activations to 1/127 of a token's largest
 
 

@@ -1,4 +1,4 @@
-"""Prompts for scripts/generate.py: from the command line, a file, or standard input.
+"""Prompts for dpo generate: from the command line, a file, or standard input.
 
 A line of text is a user's message. A row holds `prompt` or `messages`; or it is a preference row of
 any format that training reads, whose prompt is taken.

@@ -152,7 +152,7 @@ class Watch:
                 "DPO learns the length of the chosen answers as readily as their content, and a "
                 "collapsed policy rambles or stops at once.",
                 "Compare the lengths of chosen and rejected answers in the data, and judge with "
-                "length-controlled figures (scripts/evaluate.py).",
+                "length-controlled figures (dpo evaluate).",
             )
 
 

@@ -1,4 +1,4 @@
-"""Answers as token ids, drawn in batches: for evaluation, and for scripts/generate.py.
+"""Answers as token ids, drawn in batches: for evaluation, and for dpo generate.
 
 A sampled answer depends on the weights, its prompt's tokens, the seed and the sampling options, and
 on nothing else: not on the other prompts, their order or the batch size. So base and policy draw
@@ -14,7 +14,6 @@ comparison of two models want the distribution that the weights define.
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,33 +29,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dpo.errors import UserError
 from dpo.model.load import without_peft
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How an answer is drawn; the defaults are the NeuralHermes article's.
-
-    Raises:
-        UserError: a value outside of its range.
-    """
-
-    temperature: float = 0.7
-    """0 is greedy: always the likeliest token."""
-    top_p: float = 0.9
-    """Only the likeliest tokens that make up this much of the probability can be drawn."""
-    max_new_tokens: int = 200
-    """An answer that has not ended is cut there."""
-
-    def __post_init__(self) -> None:
-        for name, wanted, holds in (
-            ("temperature", "0 (greedy) or a number above", 0 <= self.temperature < float("inf")),
-            ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
-            ("max_new_tokens", "1 or more", self.max_new_tokens >= 1),
-        ):
-            if not holds:
-                raise UserError(f"--{name}: got {getattr(self, name)}, wanted {wanted}.")
 
 
 class Draw(LogitsProcessor):

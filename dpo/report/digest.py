@@ -225,14 +225,14 @@ def changed_keys(logs: RunLogs) -> list[tuple[str, str, str]]:
 
 
 def measured_weights(logs: RunLogs) -> str:
-    """Which weights scripts/evaluate.py measured, and whether they are the same for every part."""
+    """Which weights dpo evaluate measured, and whether they are the same for every part."""
     folders = {part: f"{results['weights']}/" for part, results in logs.measured.items()}
     sums = [results["sha256"] for results in logs.measured.values()]
     if any(other != sums[0] for other in sums):
         each = ", ".join(f"{part} with those in {folder}" for part, folder in folders.items())
-        return f"scripts/evaluate.py measured the parts with different weights: {each}."
+        return f"dpo evaluate measured the parts with different weights: {each}."
     same = " and ".join(dict.fromkeys(folders.values()))
-    return f"What scripts/evaluate.py measured, with the weights in {same}."
+    return f"What dpo evaluate measured, with the weights in {same}."
 
 
 def audits(report: Line) -> list[tuple[str, Line, list[tuple[str, str, int, Sequence[Any]]]]]:

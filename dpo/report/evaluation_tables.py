@@ -1,4 +1,4 @@
-"""The results of scripts/evaluate.py as tables of text, for the terminal and the report."""
+"""The results of dpo evaluate as tables of text, for the terminal and the report."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from dpo.table import Cells, Table
 
 
 def evaluation_tables(measured: dict[str, dict[str, Any]]) -> Iterator[Table]:
-    """The tables of each part that scripts/evaluate.py measured."""
+    """The tables of each part that dpo evaluate measured."""
     tables = {"held_out": held_out_tables, "win_rate": win_rate_tables, "lm_eval": harness_tables}
     for part, results in measured.items():
         yield from tables[part](results)

@@ -24,7 +24,7 @@ class RunLogs:
         samples: lines of samples.jsonl.
         held_out: the first and the last line of held_out.jsonl.
         token_rewards, data_report: those JSON files.
-        measured: what scripts/evaluate.py measured, by part.
+        measured: what dpo evaluate measured, by part.
         header: header.txt.
     """
 

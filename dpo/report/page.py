@@ -113,6 +113,6 @@ def _write(file: Path, page: str) -> Path:
     except OSError as error:
         raise UserError(
             f"{file} cannot be written ({error.strerror}). Name another file in --output of "
-            "scripts/report.py."
+            "dpo report."
         ) from None
     return file

@@ -17,7 +17,7 @@ from dpo.errors import UserError
 from dpo.model.load import load_tokenizer
 from dpo.model.models import build_models
 from dpo.model.reference import Reference
-from dpo.ranks import sum_over_ranks
+from dpo.ranks import main_first, sum_over_ranks
 from dpo.train.budget import load_policy_to_fit, probe_pairs
 from dpo.train.launch import build_accelerator
 
@@ -42,8 +42,7 @@ def cache_reference(config: Config) -> str:
         )
     accelerator = build_accelerator(config, [])
     tokenizer = load_tokenizer(config.model)
-    with accelerator.main_process_first():
-        data = load_data(config, tokenizer)
+    data = main_first(accelerator, lambda: load_data(config, tokenizer))
     rank, ranks = accelerator.process_index, accelerator.num_processes
     order = Order.of(config.train, len(data.train), ranks)
     policy = load_policy_to_fit(config, accelerator, probe_pairs(data.train, order))

@@ -29,7 +29,7 @@ from dpo.model.load import load_tokenizer
 from dpo.model.models import build_models
 from dpo.plan.flops import costs
 from dpo.plan.gpus import peak_tflops
-from dpo.ranks import on_main, smallest_over_ranks, sum_over_ranks
+from dpo.ranks import main_first, on_main, smallest_over_ranks, sum_over_ranks
 from dpo.report.page import write_report
 from dpo.train import checkpoint as checkpoints
 from dpo.train.budget import load_policy_to_fit, probe_pairs, token_budget
@@ -84,8 +84,7 @@ class Run:
         self.folder = Path(config.train.output_dir)
 
         self.tokenizer = load_tokenizer(config.model)
-        with accelerator.main_process_first():  # the others find the tokenised pairs in the cache
-            self.data = data = load_data(config, self.tokenizer)
+        self.data = data = main_first(accelerator, lambda: load_data(config, self.tokenizer))
         self.order = order = Order.of(config.train, len(data.train), accelerator.num_processes)
 
         probe = probe_pairs(data.train, order)

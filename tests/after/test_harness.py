@@ -14,7 +14,7 @@ import yaml
 from tokenizers.processors import TemplateProcessing
 
 from dpo.after import harness
-from dpo.after.evaluate import Options, measure_win_rate
+from dpo.after.evaluate import EvaluateOptions, measure_win_rate
 from dpo.after.finished import FinishedRun
 from dpo.after.harness import LEADERBOARD, LoadedTask, TaskSetting, compare, load_tasks, run_harness
 from dpo.after.judges import load_judge
@@ -68,7 +68,7 @@ def test_lm_eval_and_exact_match_agree_on_base_and_policy(finished, held_out_tas
         finished,
         pairs,
         load_judge("exact_match"),
-        Options(judge="exact_match"),
+        EvaluateOptions(judge="exact_match"),
         tmp_path / "judged.jsonl",
     )
     theirs = run_harness(finished, held_out_task, batch_size=16)

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.errors import UserError
-from dpo.evaluate.samples import Draw, Sampling, generate
+from dpo.evaluate.samples import Draw, generate
+from dpo.evaluate.sampling import Sampling
 from tests.models import QUICKSTART_MODEL
 
 

@@ -119,7 +119,7 @@ def report(text):
 
 
 def evaluated(text):
-    """What scripts/evaluate.py writes of held-out pairs, out of 40 of which 35 are ranked right."""
+    """What dpo evaluate writes of held-out pairs, out of 40 of which 35 are ranked right."""
     ones = np.ones(40)
     columns = dict.fromkeys(NUMBERS, -ones) | {"source": np.array([text] * 40)}
     columns |= {"policy_chosen_logps": np.where(np.arange(40) < 35, 0.0, -2.0)}

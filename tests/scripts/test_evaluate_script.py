@@ -1,10 +1,9 @@
-"""scripts/evaluate.py, and the whole evaluation behind it, on runs of the trainer."""
+"""dpo evaluate, and the whole evaluation behind it, on runs of the trainer."""
 
 import json
 import runpy
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo.after import evaluate as evaluation
 from dpo.after.evaluate import (
-    Options,
+    EvaluateOptions,
     before_training,
     evaluate_run,
     measure_pairs,
@@ -46,7 +45,7 @@ def lora(tmp_path_factory):
 
 def report_of(folder, **options):
     """What is printed, and the files by part."""
-    printed = "\n".join(evaluate_run(folder, Options(**options)))
+    printed = "\n".join(evaluate_run(folder, EvaluateOptions(**options)))
     return printed, read(options.get("output") or folder)
 
 
@@ -68,7 +67,7 @@ def test_changes_against_step_0_are_those_that_training_logged(kind, lora, tmp_p
     rate = ["--optim.learning_rate", 1e-3 if "full" in kind else 3e-3]
     folder = run(config(tmp_path, *TRAINED, *flags, *rate, "--train.max_steps", 3))
     one = FinishedRun(folder)
-    f = measure_pairs(one, one.data.held_out, Options(prompts=2))["all"]
+    f = measure_pairs(one, one.data.held_out, EvaluateOptions(prompts=2))["all"]
     before, after = (line for line in metrics(folder) if "eval/loss" in line)
     for side in ("chosen", "rejected"):
         logged = after[f"eval/logps/{side}"] - before[f"eval/logps/{side}"]
@@ -94,7 +93,7 @@ def test_kl_is_the_mean_log_ratio_of_sampled_answers(lora):
     """The same answers, sampled again and scored one by one with full logits under both models."""
     one = FinishedRun(lora)
     pairs = one.data.held_out
-    f = measure_pairs(one, pairs, Options(prompts=len(pairs), seed=3))["all"]
+    f = measure_pairs(one, pairs, EvaluateOptions(prompts=len(pairs), seed=3))["all"]
     prompts = [list(pairs[i].prompt_ids) for i in range(len(pairs))]
     how = {"stop_ids": [one.tokenizer.eos_token_id], "max_new_tokens": 24}
     model = one.policy.model
@@ -212,22 +211,15 @@ def test_only_folders_with_trained_weights_are_offered(adapter, trained, tmp_pat
         FinishedRun(tmp_path, "merged")
 
 
-def test_the_script_has_the_defaults_of_options(monkeypatch, tmp_path):
-    """Also when they change: they are written down once."""
-
-    @dataclass(frozen=True, kw_only=True)
-    class Changed(Options):
-        weights: str = "best"
-        prompts: int = 7
-        top_p: float = 0.5
-
+def test_flags_become_options_and_those_left_out_keep_their_defaults(monkeypatch, tmp_path):
     def record(folder, options):
-        assert options == Changed()
+        assert folder == tmp_path
+        assert options == EvaluateOptions(prompts=7, include_path=Path("x"), lm_eval="a,b")
         return iter(["measured"])
 
-    monkeypatch.setattr(evaluation, "Options", Changed)
     monkeypatch.setattr(evaluation, "evaluate_run", record)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path)])
+    flags = ["--prompts", "7", "--include_path", "x", "--lm_eval", "a,b"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path), *flags])
     runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")
 
 
@@ -241,7 +233,7 @@ def test_both_sides_answer_with_the_same_luck(tmp_path, monkeypatch):
     one, file = FinishedRun(folder), tmp_path / "judged.jsonl"
 
     def judged(seed):
-        options = Options(judge="mine:same", temperature=1.5, top_p=0.9, seed=seed)
+        options = EvaluateOptions(judge="mine:same", temperature=1.5, top_p=0.9, seed=seed)
         measure_win_rate(one, one.data.held_out, load_judge("mine:same"), options, file)
         return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -254,7 +246,7 @@ def test_both_sides_answer_with_the_same_luck(tmp_path, monkeypatch):
 def test_other_rows_in_another_format_and_a_run_that_held_nothing_out(tmp_path):
     folder = run(config(tmp_path, "--train.max_steps", 1))
     with pytest.raises(UserError, match=r"held nothing out.*--data_path"):
-        list(evaluate_run(folder, Options()))
+        list(evaluate_run(folder, EvaluateOptions()))
     other = ultrafeedback_file(tmp_path, 7)
     printed, report = report_of(folder, data_path=str(other), prompts=3)
     assert f"Pairs {other}: 7 of 7 rows kept; format ultrafeedback." in printed
@@ -301,7 +293,7 @@ def test_lm_eval_alone_needs_no_held_out_pairs(tmp_path):
 def test_what_cannot_be_honoured_is_a_user_error(lora, options, said, monkeypatch):
     monkeypatch.setattr(evaluation, "measure_pairs", None)  # refused before anything is measured
     with pytest.raises(UserError) as error:
-        list(evaluate_run(lora, Options(**options)))
+        list(evaluate_run(lora, EvaluateOptions(**options)))
     assert said in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""scripts/generate.py as a user runs it, and the speakers behind it."""
+"""dpo generate as a user runs it, and the speakers behind it."""
 
 import io
 import json
@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from dpo.after.generate import Speakers
 from dpo.after.prompts import Prompt, read_prompts
 from dpo.errors import UserError
-from dpo.evaluate.samples import Sampling, generate
+from dpo.evaluate.samples import generate
+from dpo.evaluate.sampling import Sampling
 from tests.models import QUICKSTART_MODEL
 from tests.train.runs import config, run
 

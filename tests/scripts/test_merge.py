@@ -1,4 +1,4 @@
-"""scripts/merge.py as a user runs it."""
+"""dpo merge as a user runs it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""scripts/plan.py as a user runs it."""
+"""dpo plan as a user runs it."""
 
 import runpy
 import sys

@@ -1,0 +1,56 @@
+"""Several processes on this machine, through accelerate's own launcher."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from dpo.cli import Parser
+from dpo.errors import UserError
+
+# --multi_gpu serves CPUs too; a free port lets two runs share a machine.
+_LAUNCHER = (
+    "--num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no --module dpo"
+).split()
+
+
+def add_num_processes(parser: Parser) -> None:
+    """Adds `--num_processes`."""
+    parser.add_argument(
+        "--num_processes", type=int, help="processes on this machine, started by accelerate"
+    )
+
+
+def launch(command: str, argv: Sequence[str], num_processes: int) -> None:
+    """Starts `dpo COMMAND ...` in several processes, and leaves with their exit code.
+
+    Raises:
+        UserError: no such number, or the processes were started already.
+    """
+    if num_processes < 1:
+        raise UserError(f"--num_processes: got {num_processes}, wanted 1 or more.")
+    if "WORLD_SIZE" in os.environ:
+        raise UserError(
+            f"--num_processes: got {num_processes}, but a launcher has started this process as one "
+            f"of {os.environ['WORLD_SIZE']}. Leave it out, or start dpo without a launcher."
+        )
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_num_processes(own)
+    _, flags = own.parse_known_args(argv)
+    import torch
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if torch.cuda.is_available() and torch.cuda.device_count() < num_processes:
+        raise UserError(
+            f"--num_processes: got {num_processes}, wanted at most {torch.cuda.device_count()}, a "
+            "process for each GPU of this machine."
+        )
+    # The processes say what went wrong; the launcher would add a page about its own part.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    words = ["--multi_gpu", "--num_processes", str(num_processes), *_LAUNCHER, command, *flags]
+    try:
+        launch_command(launch_command_parser().parse_args(words))
+    except ChildFailedError as error:
+        sys.exit(error.get_first_failure()[1].exitcode)
