@@ -15,7 +15,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -93,14 +93,21 @@ def _train_parser() -> Parser:
     return config_parser("dpo train")
 
 
-def read_config(parser: Parser, argv: Sequence[str]) -> tuple[Config, Any]:
+def load(file: Path) -> Config:
+    """The configuration that a run has saved, whatever the environment says now."""
+    return read_config(_train_parser(), ["--config", str(file)], environment={})[0]
+
+
+def read_config(
+    parser: Parser, argv: Sequence[str], environment: Mapping[str, str] = os.environ
+) -> tuple[Config, Any]:
     """The checked configuration, and the namespace with the command's own flags.
 
     Raises:
         UserError: as `read_flags`, or a value that cannot be honoured.
     """
     files, flags = _config_files(argv)
-    flags = [*_environment(), *_with_lists(flags)]
+    flags = [*_variables(environment), *_with_lists(flags)]
     instead: list[str] = []
     if files:
         namespace = read_flags(parser, [*files, *flags])
@@ -153,14 +160,14 @@ def recipe_file(name: str) -> Path:
     )
 
 
-def _environment() -> list[str]:
+def _variables(environment: Mapping[str, str]) -> list[str]:
     """A flag for each `DPO_SECTION__KEY` of the environment.
 
     Raises:
         UserError: there is no such key.
     """
     flags = {f"DPO_{key.replace('.', '__').upper()}": f"--{key}" for key in known_keys()}
-    given = {name: value for name, value in os.environ.items() if re.match("DPO_[A-Z]+__", name)}
+    given = {name: value for name, value in environment.items() if re.match("DPO_[A-Z]+__", name)}
     for name in given.keys() - flags.keys():
         near = difflib.get_close_matches(name, flags, n=3, cutoff=0.5)
         hint = f" Nearest: {', '.join(near)}." if near else ""

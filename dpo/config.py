@@ -262,6 +262,7 @@ class Config:
         Raises:
             UserError: naming the key, what it got and what it wants.
         """
+        map_paths(self, _on_this_machine)
         _check_ranges(self)
         _check_loss(self.loss)
         self._check_model()
@@ -413,6 +414,15 @@ def map_paths(config: Config, change: Callable[[str], str]) -> None:
     data.chat_template = change(data.chat_template)
     config.reference.cache = change(config.reference.cache)
     train.output_dir, train.resume = change(train.output_dir), change(train.resume)
+
+
+def _on_this_machine(path: str) -> str:
+    if "://" in path:
+        raise UserError(
+            f"{path}: got an address, wanted a path on this machine or, for a model or data, a hub "
+            "id. Mount the store, or copy from and to it."
+        )
+    return path
 
 
 def as_saved(config: Config) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from dpo.errors import UserError
 CONFIG = "config.yaml"  # every key; a checkpoint has its own
 DATA_REPORT = "data_report.json"  # rows read, kept, dropped and cut
 HEADER = "header.txt"
+PAIRS = "pairs.jsonl"  # token ids of a few pairs, so that a merge can be verified without the data
+NUM_PAIRS = 64
 # Appended during training, one JSON object a line, each with its step.
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"  # greedy answers to held-out prompts
@@ -60,6 +62,11 @@ def append_lines(file: Path, lines: Iterable[Line]) -> None:
     """Appends every line as JSON."""
     with file.open("a") as log:
         log.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def write_lines(file: Path, lines: Iterable[Line]) -> None:
+    """Writes every line as JSON, in place of what was there."""
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_lines(file: Path, *, ends: bool = False) -> list[Line]:

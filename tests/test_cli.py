@@ -369,3 +369,19 @@ def test_a_script_says_one_line_and_exits_with_2():
         "Change it in the config or by --loss.beta."
     ]
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.name_or_path",
+        "data.name_or_path",
+        "data.eval_path",
+        "reference.cache",
+        "train.output_dir",
+        "train.resume",
+    ],
+)
+def test_an_address_is_refused_at_once_where_a_path_is_wanted(key):
+    with pytest.raises(UserError, match=r"s3://bucket/x: got an address, wanted a path"):
+        parse([f"--{key}", "s3://bucket/x"])

@@ -32,11 +32,12 @@ from dpo.after.output import check_output
 from dpo.data.chat import choose_template, stop_ids
 from dpo.data.files import file_sums
 from dpo.data.loader import Pairs, load_data
+from dpo.data.order import spread
 from dpo.data.stream import Stream, TokenizedPair
 from dpo.errors import UserError
 from dpo.evaluate.evaluator import held_out_columns, score_pairs
 from dpo.evaluate.samples import generate
-from dpo.evaluate.statistics import Columns, group_statistics, spread
+from dpo.evaluate.statistics import Columns, group_statistics
 from dpo.model.reference import TokenLogps, choose_mode
 from dpo.model.scorer import Scorer
 from dpo.report.evaluation_tables import evaluation_tables
@@ -103,7 +104,10 @@ def _written(output: Path, part: str, results: dict[str, Any]) -> Iterator[str]:
 def _pairs(finished: FinishedRun, options: EvaluateOptions) -> tuple[Pairs, str]:
     """The run's held-out pairs, or those of a file under the run's template; and a description."""
     if options.data_path is None:
-        return finished.data.held_out, "held out by the run"
+        try:
+            return finished.data.held_out, "held out by the run"
+        except UserError as error:
+            raise UserError(f"{error} Or name pairs to measure on by --data_path.") from None
     data = replace(
         finished.config.data,
         name_or_path=options.data_path,

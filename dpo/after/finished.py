@@ -14,12 +14,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dpo import run_folder
-from dpo.cli import parse
+from dpo.cli import load
 from dpo.config import Config
-from dpo.data.loader import Pairs, PreferenceData, load_data
+from dpo.data.loader import PreferenceData, load_data
+from dpo.data.order import spread
 from dpo.data.stream import TokenizedPair
 from dpo.errors import UserError
-from dpo.evaluate.statistics import spread
 from dpo.model.load import Policy, load_policy, load_tokenizer, load_weights
 from dpo.model.reference import Frozen, Reference, adapter_off, build_reference, choose_mode
 from dpo.model.scorer import Scorer
@@ -36,7 +36,7 @@ def read_run(folder: Path) -> Config:
             f"{folder} holds no finished run: wanted a folder with config.yaml and final/. "
             "Name the train.output_dir of one."
         )
-    return parse(["--config", str(folder / run_folder.CONFIG)])
+    return load(folder / run_folder.CONFIG)
 
 
 class FinishedRun:
@@ -98,12 +98,10 @@ class FinishedRun:
         return load_data(self.config, self.tokenizer)
 
     def some_pairs(self, wanted: int) -> tuple[Sequence[TokenizedPair], str]:
-        """Up to `wanted` held-out pairs, spread evenly over all; and what they are, in words.
-
-        A run that held nothing out, like the article's, gives pairs that it trained on.
-        """
-        held_out = len(self.data.held_out) > 0
-        pairs: Pairs = self.data.held_out if held_out else self.data.train
-        chosen = pairs.select(spread(len(pairs), wanted))
-        name = "held-out" if held_out else "training (this run held nothing out)"
-        return chosen, f"{len(chosen)} {name} pairs"
+        """As PreferenceData.some_pairs: of those in the run folder if they are enough."""
+        kept = run_folder.read_lines(self.folder / run_folder.PAIRS)
+        if not kept or len(kept) == run_folder.NUM_PAIRS < wanted:
+            return self.data.some_pairs(wanted)
+        lines = [kept[i] for i in spread(len(kept), wanted)]
+        kinds = [line.pop("kind") for line in lines]
+        return [TokenizedPair(**line) for line in lines], kinds[0]

@@ -220,7 +220,7 @@ def check_options(output: Path, num_pairs: int, max_shard_size: str) -> None:
 def score_trained(folder: Path, weights: str, num_pairs: int) -> Trained:
     """Scores the trained policy, whose weights are freed afterwards."""
     run = FinishedRun(folder, weights)
-    pairs, pairs_are = run.some_pairs(num_pairs)
+    pairs, kind = run.some_pairs(num_pairs)
     model, budget, bare = run.policy.model, run.config.train.scoring_tokens, None
     if run.policy.is_adapted:
         with model.disable_adapter():  # type: ignore[operator]
@@ -230,7 +230,7 @@ def score_trained(folder: Path, weights: str, num_pairs: int) -> Trained:
         weights=run.weights,
         tokenizer=run.tokenizer,
         pairs=pairs,
-        pairs_are=pairs_are,
+        pairs_are=f"{len(pairs)} {kind} pairs",
         dtype=model.get_input_embeddings().weight.dtype,  # type: ignore[operator]
         device=run.device,
         layout=run.scorer.layout,

@@ -17,6 +17,7 @@ from dpo.data.audit import Audit, RowName
 from dpo.data.chat import ChatTokenizer, choose_template
 from dpo.data.formats import RECOGNISED_ROWS, Preference, RowError, recognise, to_preference
 from dpo.data.limits import Limits
+from dpo.data.order import spread
 from dpo.data.sources import Source, open_source
 from dpo.data.stream import TokenizedPair
 from dpo.data.tokens import TokenFile, tokenized
@@ -108,6 +109,15 @@ class PreferenceData:
     held_out: Pairs
     report: dict[str, Any]
     summary: list[str]
+
+    def some_pairs(self, wanted: int) -> tuple[list[TokenizedPair], str]:
+        """Up to `wanted` held-out pairs, spread evenly over all; and what they are, in words.
+
+        A run that holds nothing out, like the article's, gives pairs that it trains on.
+        """
+        pairs = self.held_out if len(self.held_out) else self.train
+        kind = "held-out" if len(self.held_out) else "training (this run held nothing out)"
+        return [*pairs.select(spread(len(pairs), wanted))], kind
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreferenceData:

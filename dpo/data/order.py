@@ -109,3 +109,8 @@ def balance(num_tokens: Sequence[int], num_bins: int) -> list[list[int]]:
         bins[b].append(i)
         heapq.heapreplace(emptiest, (tokens + num_tokens[i], b))
     return bins
+
+
+def spread(total: int, wanted: int) -> np.ndarray:
+    """`wanted` positions spread evenly over all, since files are often sorted by source."""
+    return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(int))

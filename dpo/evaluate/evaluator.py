@@ -20,10 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from dpo.config import Config
 from dpo.data.chat import choose_template, stop_ids
 from dpo.data.loader import Pairs
-from dpo.data.order import micro_batches
+from dpo.data.order import micro_batches, spread
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.evaluate.samples import generate
-from dpo.evaluate.statistics import spread
 from dpo.logps import pair_logps
 from dpo.losses import LOSSES, PairLogps
 from dpo.metrics import PAIR_METRICS, pair_metrics

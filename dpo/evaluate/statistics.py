@@ -81,11 +81,6 @@ def length_controlled(
     return torch.sigmoid(a).item()
 
 
-def spread(total: int, wanted: int) -> np.ndarray:
-    """`wanted` positions spread evenly over all, since files are often sorted by source."""
-    return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(int))
-
-
 def pair_statistics(columns: Columns, *, beta: float) -> dict[str, Any]:
     """Statistics of a group of pairs: shares in [0, 1], log-probs in nats, `_se` standard error."""
     chosen, rejected = (

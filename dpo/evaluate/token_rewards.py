@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dpo.data.loader import Pairs
+from dpo.data.order import spread
 from dpo.data.stream import TokenizedPair, build_stream
-from dpo.evaluate.statistics import spread
 from dpo.losses import PairLogps, implicit_rewards
 from dpo.model.reference import TokenLogps
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from dpo.evaluate.statistics import spread
+from dpo.data.order import spread
 from dpo.metrics import by_chart, metric
 from dpo.report.charts import Chart, Series, curve, shown_number
 from dpo.report.logs import RunLogs

@@ -8,6 +8,7 @@ Left out on purpose: callbacks, and Accelerate's accumulation, schedulers, sampl
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -122,6 +123,9 @@ class Run:
             report = json.dumps(data.report, indent=1)
             (self.folder / run_folder.DATA_REPORT).write_text(report)
             (self.folder / run_folder.HEADER).write_text(about + "\n")
+            some, kind = data.some_pairs(run_folder.NUM_PAIRS)
+            kept = ({"kind": kind, **asdict(pair)} for pair in some)
+            run_folder.write_lines(self.folder / run_folder.PAIRS, kept)
         self.tracker.say(about)
         self.tracker.start(config, self.start_step, order.num_steps)
 

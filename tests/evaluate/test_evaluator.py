@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo.data.order import spread
 from dpo.errors import UserError
 from dpo.evaluate.samples import generate
-from dpo.evaluate.statistics import spread
 from dpo.model.reference import adapter_off
 from dpo.train.trainer import Run
 from tests.models import QUICKSTART_MODEL

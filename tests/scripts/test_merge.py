@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets.config
 import pytest
 
 from tests.after.hub import TOKEN, running_hub
 from tests.after.made_runs import made_run
 from tests.commands import called
+from tests.train.runs import config, rows_file, run
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "merge.py"
 # The same, but that the adapter is lost on the way.
@@ -121,3 +124,44 @@ def test_a_dora_run_is_merged(tmp_path):
     error = json.loads((run / "merged" / "merge.json").read_text())["errors_nats"]["read back"]
     assert error["mean"] < 0.02
     assert error["kept"] == pytest.approx(1, abs=0.1)
+
+
+def test_a_run_that_was_moved_away_from_its_data_is_merged_evaluated_and_answers(
+    tmp_path, monkeypatch
+):
+    """As in another container: the folder was moved, the rows are gone, the variables differ."""
+    made = run(config(tmp_path, "--data.eval_fraction", 0.5, "--optim.learning_rate", 1e-2))
+    there = tmp_path / "elsewhere" / "run"
+    shutil.copytree(made, there)
+    code, out, err = called("merge.py", made, "--pairs", 5)
+    assert code == 0, err
+    with_data = json.loads((made / "merged" / "merge.json").read_text())
+
+    shutil.rmtree(made)
+    rows = rows_file(tmp_path, 24).rename(tmp_path / "hidden.jsonl")
+    datasets.config.HF_DATASETS_CACHE = tmp_path / "no-cache"
+    monkeypatch.setenv("DPO_MODEL__QUANTIZATION", "nf4")
+    monkeypatch.setenv("DPO_LORA__R", "3")
+    monkeypatch.chdir(there.parent)
+    code, out, err = called("merge.py", "run", "--pairs", 5)
+    assert code == 0, err
+    assert "5 held-out pairs" in out
+    assert "verified" in out
+    record = json.loads((there / "merged" / "merge.json").read_text())
+    assert record["errors_nats"] == with_data["errors_nats"]  # the same pairs were scored
+    code, out, err = called("generate.py", "run", "Which?", "--max_new_tokens", 2)
+    assert code == 0, err
+    code, out, err = called("evaluate.py", "run")
+    assert code == 2
+    assert "rows.jsonl does not exist" in err
+    assert "--data_path" in err
+    code, out, err = called("evaluate.py", "run", "--data_path", rows, "--prompts", 2)
+    assert code == 0, err
+
+
+def test_more_pairs_than_the_run_folder_keeps_come_from_the_data(tmp_path):
+    made = run(config(tmp_path, rows=70))
+    assert len((made / "pairs.jsonl").read_text().splitlines()) == 64
+    code, out, err = called("merge.py", made, "--pairs", 66)
+    assert code == 0, err
+    assert "66 training (this run held nothing out) pairs" in out
