@@ -115,11 +115,13 @@ class DataConfig:
     eval_split: str = "train"
     """Split of eval_path."""
     max_prompt_length: int = 1024
-    """Tokens; a longer prompt loses its beginning."""
+    """Tokens; a longer prompt is cut as data.truncation says."""
     max_length: int = 1536
     """Tokens of prompt and one answer; a longer answer loses its end."""
     on_overlong: Literal["truncate", "drop", "error"] = "truncate"
     """What happens to a pair that is too long."""
+    truncation: Literal["frame", "left"] = "frame"
+    """What a long prompt loses: frame, the beginning of its first user message; left, its own."""
     chat_template: str = "auto"
     """auto: the tokenizer's, or ChatML if it has none; chatml; none: refuse messages; or a file."""
 

@@ -21,7 +21,7 @@ _LONGEST_SAMPLE = 800  # characters
 _SHOWN = {
     "model": "revision dtype quantization adapter",
     "lora": "r alpha dropout target_modules use_rslora use_dora",
-    "data": "subset split eval_fraction max_prompt_length max_length on_overlong",
+    "data": "subset split eval_fraction max_prompt_length max_length on_overlong truncation",
     "loss": "type beta label_smoothing",
     "reference": "mode",
     "optim": "name learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm",

@@ -15,7 +15,10 @@ plain text that it is, so that it cannot end a turn. Ready-made ChatML is the ex
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +154,10 @@ class ChatTokenizer:
                 if self._holds_control_token(preference, texts):
                     notes.add("control token in text, neutralised")
                     encoded = self._neutralised(preference, texts)
-                pair, cut = self._limits.fit(self._split(preference, texts, encoded, notes), row)
+                pair = self._split(preference, texts, encoded, notes)
+                border = len(pair.prompt_ids)
+                find_content = partial(self._content, preference, encoded[0], border)
+                pair, cut = self._limits.fit(pair, row, find_content)
             except RowError as error:
                 self._audit.drop(error.reason, row)
                 continue
@@ -258,6 +264,31 @@ class ChatTokenizer:
         (chosen, chosen_scored), (rejected, rejected_scored) = sides
         return TokenizedPair(prompt[:border], chosen, rejected, chosen_scored, rejected_scored)
 
+    def _content(self, preference: Preference, prompt: list[int], border: int) -> range:
+        """Which tokens before the border hold the first user message's content, and nothing else.
+
+        Its frame is the text before and after the `A` in the prompt in which that message is `A`.
+        Decoded ids are compared with it, so a token that holds a piece of the frame is seen. The
+        range is empty without a user message, and where the template does not write it just once.
+        """
+        turns: list[Any] = [*preference.prompt] if preference.kind == "messages" else []
+        asked = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
+        if asked is None:
+            return range(0)
+        decode: Any = self._tokenizer.decode
+
+        def said(content: str) -> str:
+            asking = [*turns[:asked], turns[asked] | {"content": content}, *turns[asked + 1 :]]
+            return decode(self._render_ids(replace(preference, prompt=asking), []))
+
+        text = said("A")
+        at = common_prefix(text, said("B"))
+        before, after = text[:at], text[at + 1 :]
+        lengths = range(len(prompt) + 1)
+        start = bisect_left(lengths, True, key=lambda i: decode(prompt[:i]).startswith(before))
+        end = bisect_left(lengths, True, key=lambda i: not decode(prompt[i:]).endswith(after)) - 1
+        return range(start, min(end, border))
+
     def end_turn(self, ids: list[int], border: int) -> list[int]:
         """Drops what follows the last control token of the answer; appends EOS if there is none."""
         answer = ids[border:]
@@ -340,7 +371,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Length of the longest common prefix: where an answer begins to differ from its prompt."""
     if b[: len(a)] == a:  # nearly always true, and the comparison runs in C
         return len(a)

@@ -97,6 +97,30 @@ class Run:
         return list(getattr(self.pair, side)).count(self.tokenizer.convert_tokens_to_ids(token))
 
 
+def cut_by_offsets(tokenizer, preference, whole, limit):
+    """What is left of a long prompt, by the offsets of its one rendering; fast tokenizers only."""
+
+    def rendered(prompt):
+        return tokenizer.apply_chat_template(
+            prompt, tools=preference.tools, tokenize=False, add_generation_prompt=True
+        )
+
+    text, marked = rendered(preference.prompt), [turn.copy() for turn in preference.prompt]
+    next(turn for turn in marked if turn["role"] == "user")["content"] = "\0"
+    before, after = rendered(marked).split("\0")
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    first, last = len(before), len(text) - len(after)
+    content = [
+        token
+        for token, (start, end) in enumerate(offsets["offset_mapping"][: len(whole)])
+        if first <= start and end <= last
+    ]
+    excess = max(len(whole) - limit, 0)
+    keeps_frame = excess < len(content)
+    gone = content[:excess] if keeps_frame else range(excess)
+    return [token for i, token in enumerate(whole) if i not in gone], keeps_frame
+
+
 def config(path, seed=42, **data):
     settings = Config()
     settings.data.name_or_path = path

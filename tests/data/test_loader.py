@@ -35,6 +35,7 @@ def test_the_report_counts_every_reason_with_its_rows(write):
 
     So 40 tokens leave 24 for a question, and 60 leave 60 - 16 - 2 = 42 for an answer to `Q?`.
     """
+    long = [{"role": "assistant", "content": "x" * 30}, {"role": "user", "content": "Why?"}]
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     thanks = [{"role": "assistant", "content": "A"}, {"role": "user", "content": "Thanks"}]
@@ -57,12 +58,13 @@ def test_the_report_counts_every_reason_with_its_rows(write):
             chat_row("q" * 24, "A.", "B."),
             chat_row("Q?", "x" * 42, "B."),
             chat_row("Q?", "x" * 41, "x" * 50),
+            chat_row([{"role": "user", "content": "Q?"}, *long], "A.", "B."),
         ]
     )
     data = load(path, FAMILIES["gemma"], max_prompt_length=40, max_length=60)
     assert data.report == {
-        "rows_read": 15,
-        "pairs_kept": 6,
+        "rows_read": 16,
+        "pairs_kept": 7,
         "formats": {path: "conversational"},
         "dropped": {
             "empty answer": {"count": 1, "rows": [2]},
@@ -76,18 +78,19 @@ def test_the_report_counts_every_reason_with_its_rows(write):
             "identical once cut": {"count": 1, "rows": [11]},
         },
         "cut": {
-            "prompt": {"count": 1, "rows": [13]},
+            "prompt in its frame": {"count": 1, "rows": [13]},
             "chosen": {"count": 1, "rows": [15]},
             "rejected": {"count": 1, "rows": [16]},
+            "prompt from the left": {"count": 1, "rows": [17]},
         },
         "noted": {"control token in text, neutralised": {"count": 1, "rows": [12]}},
-        "pairs_trained_on_per_epoch": 6,
+        "pairs_trained_on_per_epoch": 7,
         "pairs_held_out": 0,
     }
-    assert names(data.train) == ["1", "12", "13", "14", "15", "16"]
+    assert names(data.train) == ["1", "12", "13", "14", "15", "16", "17"]
     assert json.loads(json.dumps(data.report)) == data.report
     assert data.summary[0].startswith(
-        "data: 6 of 15 rows kept; format conversational; dropped: 1 empty answer, 1 unkn"
+        "data: 7 of 16 rows kept; format conversational; dropped: 1 empty answer, 1 unkn"
     )
 
 

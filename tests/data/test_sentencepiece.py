@@ -5,6 +5,7 @@ piece for becomes bytes: each of these can move the border between prompt and an
 that is not among the texts is ▁ itself, which no SentencePiece tokenizer tells from a space.
 """
 
+import copy
 import random
 
 import pytest
@@ -13,6 +14,7 @@ from dpo.data.audit import Audit
 from dpo.data.chat import ChatTokenizer
 from dpo.data.formats import Preference
 from dpo.data.limits import Limits
+from tests.data.rows import cut_by_offsets, messages
 from tests.data.tokenizers import FAMILIES
 
 NUM_ROWS = 1000
@@ -127,6 +129,29 @@ def test_texts_under_an_inst_template_are_split_at_the_border_and_ended_once(tok
         rendered = f"<s>[INST] {prompt} [/INST]"
         texts = [f"{rendered} {answer}</s>" for answer in answers]
         assert_split_and_ended(tokenizer, pair, rendered, texts)
+
+
+def test_prompts_under_an_inst_template_are_cut_inside_their_frame(tokenizer):
+    """`[INST] ` ends in a space, which the question's first piece holds: that piece stays."""
+    tokenizer, template = copy.deepcopy(tokenizer), FAMILIES["mistral"].template
+    tokenizer.chat_template = template
+    rows = [(i, messages(prompt)) for i, (prompt, _, _) in enumerate(ROWS)]
+
+    def prompts(max_prompt_length):
+        audit = Audit()
+        limits = Limits(max_prompt_length, 2000, "truncate")
+        pairs = ChatTokenizer(tokenizer, template, limits, audit).tokenize(rows)
+        return [pair.prompt_ids for _, pair in pairs], audit.cut
+
+    (whole, _), (cut, counts) = prompts(1000), prompts(16)
+    expected = [
+        cut_by_offsets(tokenizer, row, ids, 16) for (_, row), ids in zip(rows, whole, strict=True)
+    ]
+    assert cut == [ids for ids, _ in expected]
+    assert counts["prompt in its frame"].count > 100
+    for row in counts["prompt in its frame"].rows:
+        text = tokenizer.decode(cut[row])
+        assert (text[:10], text[-8:]) == ("<s>[INST] ", " [/INST]")
 
 
 def test_control_tokens_in_texts_are_spelt_out_and_nothing_else_changes(tokenizer):

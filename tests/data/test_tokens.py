@@ -92,7 +92,7 @@ def test_the_same_content_is_tokenised_once_whatever_else_changes(write, tokenis
 
 @pytest.mark.parametrize(
     "change",
-    ["content", "max_length", "max_prompt_length", "on_overlong", "template", "format"],
+    "content max_length max_prompt_length on_overlong truncation template format".split(),
 )
 def test_what_token_ids_depend_on_tokenises_again(write, tokenised, tmp_path, change):
     path = write([chat_row("Q?", "A.", "B.")])
@@ -105,6 +105,7 @@ def test_what_token_ids_depend_on_tokenises_again(write, tokenised, tmp_path, ch
         "max_length": {"max_length": 1535},
         "max_prompt_length": {"max_prompt_length": 1023},
         "on_overlong": {"on_overlong": "drop"},
+        "truncation": {"truncation": "left"},
         "template": {"chat_template": str(template)},
         "format": {"format": "openai"},
     }[change]

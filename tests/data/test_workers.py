@@ -51,7 +51,7 @@ def written(path, cache, **options):
 
 def test_two_workers_write_what_one_writes_byte_for_byte(write, cache, monkeypatch):
     monkeypatch.setattr(tokens, "BATCH_ROWS", 3)
-    path, options = write(MIXED), {"max_prompt_length": 20, "max_length": 40}
+    path, options = write(MIXED), {"max_prompt_length": 20, "max_length": 40, "truncation": "left"}
     monkeypatch.setattr(tokens, "_num_workers", lambda num_rows: 1)
     alone = written(path, cache, **options)
     monkeypatch.setattr(tokens, "_num_workers", lambda num_rows: 2)

@@ -133,6 +133,25 @@ def test_preview_marks_what_is_scored(tmp_path):
     assert "1 of 1 rows kept" in out
 
 
+def test_preview_shows_a_long_prompt_as_it_is_trained_on(tmp_path):
+    """The first 10 tokens of the question are gone; those before and after it are there."""
+    data = rows_file(tmp_path, 1)
+
+    def tokens_of(prompt_length):
+        flags = ["--data.name_or_path", data, "--data.max_prompt_length", prompt_length]
+        code, out, err = called("preview.py", "--rows", 1, *flags)
+        assert code == 0, err
+        lines = iter(out.splitlines())
+        next(line for line in lines if line.startswith("--- prompt: "))
+        return next(lines).split("|("), out
+
+    whole, _ = tokens_of(1024)
+    cut, out = tokens_of(len(whole) - 10)
+    question = whole.index("user)") + 2
+    assert cut == whole[:question] + whole[question + 10 :]
+    assert out.endswith("1 of 1 rows kept; cut: 1 prompt in its frame\n")
+
+
 def test_the_loss_by_hand_is_ours():
     """docs/dpo_by_hand.py against Scorer and losses, on a policy unlike its reference."""
     by_hand = runpy.run_path(str(ROOT / "docs" / "dpo_by_hand.py"))
