@@ -202,7 +202,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 4
     """See per_device_train_batch_size: only the product matters."""
     max_steps: int = 200
-    """Optimizer steps; -1 goes by num_train_epochs."""
+    """Optimizer steps; -1 goes by num_train_epochs. A run that is given more later goes on."""
     num_train_epochs: int = 1
     """Passes over the data, when max_steps is -1."""
     tokens_per_microbatch: int | Literal["auto"] = "auto"
@@ -231,12 +231,18 @@ class TrainConfig:
     """How many checkpoints are kept; the oldest are deleted."""
     metric_for_best_model: str | None = None
     """Name of an eval/ metric: the adapter with its best value is kept in best/."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a better metric_for_best_model."""
     resume: str = "auto"
     """auto: continue the run in the folder; never: put an old run aside; or a checkpoint."""
     report_to: str | list[str] = "tensorboard"
     """Trackers that Accelerate knows (tensorboard, wandb, ...), or none."""
     write_report: bool = True
     """Write report.html at the end: all of the run in one file for a browser."""
+
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the run."""
+        return self.max_steps if self.max_steps > 0 else self.num_train_epochs * steps_per_epoch
 
     @property
     def scoring_tokens(self) -> int:
@@ -350,6 +356,13 @@ class Config:
             refuse("train.eval_exact_match", False, "true, since it chooses the best model")
         if train.eval_exact_match and not train.eval_prompts:
             refuse("train.eval_prompts", 0, "at least 1, since train.eval_exact_match is true")
+        if train.patience and not train.metric_for_best_model:
+            wanted = (
+                f"one of {', '.join(BEST_METRICS)}, since train.patience waits for a better one"
+            )
+            refuse("train.metric_for_best_model", None, wanted)
+        if train.patience and not train.eval_steps:
+            refuse("train.eval_steps", 0, "at least 1, since train.patience counts evaluations")
 
 
 # The metrics that can choose the best weights.
@@ -390,6 +403,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "train.eval_max_new_tokens": _POSITIVE,
     "train.save_steps": _NOT_NEGATIVE,
     "train.save_total_limit": _POSITIVE,
+    "train.patience": ("null or a number above 0", lambda x: x is None or x > 0),
 }
 
 

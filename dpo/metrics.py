@@ -269,9 +269,9 @@ def metric(name: str) -> Metric:
 
 
 def is_better(name: str, value: float, than: float) -> bool:
-    """Whether a value of a metric is the better one of two."""
+    """Whether a value of a metric is the better one of two; NaN never is."""
     better = metric(name).better
-    return better is not None and better(value, than) != than
+    return better is not None and better(value, than) == value != than
 
 
 def by_chart(names: Iterable[str]) -> dict[str, list[str]]:

@@ -138,6 +138,7 @@ OUTSIDE = {
     "train.eval_max_new_tokens": [0],
     "train.save_steps": [-1],
     "train.save_total_limit": [0],
+    "train.patience": [0, -1],
 }
 AT_THE_EDGE = {
     "lora.dropout": 0.0,
@@ -236,6 +237,17 @@ COMBINATIONS = {
         {"train": TrainConfig(eval_exact_match=True)},
         "train.eval_prompts: got 0, wanted at least 1",
     ),
+    "patience without a metric": (
+        {"train": TrainConfig(patience=2, eval_steps=5)},
+        "train.metric_for_best_model: got None, wanted one of eval/loss,",
+    ),
+    "patience without evaluations to count": (
+        {
+            "data": DataConfig(eval_fraction=0.1),
+            "train": TrainConfig(patience=2, metric_for_best_model="eval/loss"),
+        },
+        "train.eval_steps: got 0, wanted at least 1, since train.patience",
+    ),
     "a source of weight zero": (
         {"data": DataConfig(name_or_path=[DataSource(path="a", weight=0.0)])},
         "data.name_or_path: got 0.0, wanted a weight above 0 for a.",
@@ -262,6 +274,10 @@ def test_what_cannot_be_honoured_together_is_refused(sections, said):
         {
             "data": DataConfig(eval_fraction=0.1),
             "train": TrainConfig(metric_for_best_model="eval/loss"),
+        },
+        {
+            "data": DataConfig(eval_fraction=0.1),
+            "train": TrainConfig(patience=1, eval_steps=1, metric_for_best_model="eval/loss"),
         },
         {"train": TrainConfig(max_steps=50)},  # shorter than the 100 steps of warm-up: allowed
         {

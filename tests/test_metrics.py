@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -242,3 +244,9 @@ def test_the_best_weights_are_chosen_by_metrics_of_which_one_value_is_better():
     assert not is_better("eval/loss", 0.6, than=0.6)
     assert is_better("eval/exact_match", 0.6, than=0.5)
     assert not is_better("eval/lengths/generated", 6.0, than=5.0)
+
+
+@pytest.mark.parametrize("name", ["eval/loss", "eval/rewards/margins"])
+def test_nan_is_never_better_and_any_number_is_better_than_nan(name):
+    assert not is_better(name, math.nan, than=0.5)
+    assert is_better(name, 0.5, than=math.nan)

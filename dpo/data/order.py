@@ -40,9 +40,7 @@ class Order:
         pairs_per_step = (
             train.per_device_train_batch_size * train.gradient_accumulation_steps * num_ranks
         )
-        num_steps = train.max_steps
-        if num_steps < 0:
-            num_steps = train.num_train_epochs * math.ceil(num_pairs / pairs_per_step)
+        num_steps = train.num_steps(math.ceil(num_pairs / pairs_per_step))
         return cls(num_pairs, pairs_per_step, num_steps, train.seed)
 
     @property

@@ -12,7 +12,7 @@ NF4, and pickles its random states.
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,19 @@ from dpo import run_folder
 from dpo.cli import save
 from dpo.config import Config, absolute, as_saved
 from dpo.data.files import file_sums
+from dpo.data.order import Order
 from dpo.errors import UserError
 from dpo.model.load import is_adapted, load_weights
-from dpo.run_folder import checkpoint_name, list_checkpoints
+from dpo.run_folder import (
+    checkpoint_name,
+    checkpoint_step,
+    list_checkpoints,
+    read_lines,
+    read_whole,
+)
 
+# They say when a run ends: with others, also a finished run goes on.
+_END_KEYS = "train.max_steps train.num_train_epochs train.patience".split()
 # May differ between a run and its continuation: they do not change what is computed.
 _FREE_KEYS = (
     "train.output_dir train.resume train.report_to train.write_report "
@@ -62,7 +71,8 @@ def find_checkpoint(config: Config) -> Path | None:
     """The checkpoint that `train.resume` means, None for a fresh start; changes nothing.
 
     Raises:
-        UserError: the run is finished, its checkpoint is damaged, or the configuration changed.
+        UserError: the run is finished and has no new end or no checkpoint, its checkpoint is
+            damaged, or the configuration changed.
     """
     folder, resume = Path(config.train.output_dir), config.train.resume
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -74,12 +84,9 @@ def find_checkpoint(config: Config) -> Path | None:
     if resume == "never":
         return None
     if resume == "auto":
-        if (folder / run_folder.SUMMARY).exists():
-            raise UserError(
-                f"train.output_dir: {folder} holds a finished run. Name another folder, or set "
-                "train.resume to never: the old run is then put aside."
-            )
         found = list_checkpoints(folder)
+        if (folder / run_folder.SUMMARY).exists():
+            _check_finished(config, folder, has_checkpoint=bool(found))
         if not found:
             return None
         checkpoint = found[-1]
@@ -95,10 +102,33 @@ def find_checkpoint(config: Config) -> Path | None:
     return checkpoint
 
 
+def check_end(config: Config, checkpoint: Path, order: Order) -> int:
+    """How many steps the run of the checkpoint was to have; `order` is that of the run now.
+
+    Raises:
+        UserError: the run has taken as many steps as it is to have now, or more.
+    """
+    folder, done = checkpoint.parent, _step_of(checkpoint)
+    saved = yaml.safe_load((checkpoint / run_folder.CONFIG).read_text())["train"]
+    ends = {key: saved[key] for key in ("max_steps", "num_train_epochs")}
+    planned = replace(config.train, **ends).num_steps(order.steps_per_epoch)
+    is_finished = config.train.resume == "auto" and (folder / run_folder.SUMMARY).exists()
+    if is_finished:
+        done = read_lines(folder / run_folder.METRICS, ends=True)[-1]["step"]
+    if order.num_steps <= done and (is_finished or order.num_steps != planned):
+        raise UserError(
+            f"train.max_steps: the run is to end after step {order.num_steps}, but {folder} has "
+            f"taken {done}. Raise it (or train.num_train_epochs), or set train.resume to never: "
+            "the old run is then put aside."
+        )
+    return planned
+
+
 def prepare_run_folder(folder: Path, checkpoint: Path | None) -> None:
     """Makes the run folder, or takes over the one that the checkpoint is in.
 
-    Another run in that folder is renamed to `NAME.old-1` and so on; nothing is deleted. A
+    Another run in that folder is renamed to `NAME.old-1` and so on, and so is what `dpo evaluate`
+    measured before a run goes on; only checkpoints of steps that are taken again are deleted. A
     checkpoint of another folder brings along what was logged before it.
     """
     is_here = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
@@ -106,7 +136,14 @@ def prepare_run_folder(folder: Path, checkpoint: Path | None) -> None:
         _put_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / run_folder.SUMMARY).unlink(missing_ok=True)  # it says that the run is finished
-    if checkpoint and not is_here:
+    if checkpoint and is_here:
+        for later in list_checkpoints(folder):
+            if (checkpoint_step(later) or 0) > _step_of(checkpoint):
+                shutil.rmtree(later)
+        for name in (*run_folder.MEASURED.values(), run_folder.JUDGED):
+            if (folder / name).exists():
+                _put_aside(folder / name)
+    elif checkpoint:
         for name in run_folder.LOGS:
             if (checkpoint.parent / name).exists():
                 shutil.copy(checkpoint.parent / name, folder / name)
@@ -234,8 +271,36 @@ def save_weights(model: nn.Module, folder: Path) -> None:
         )
 
 
+def _check_finished(config: Config, folder: Path, *, has_checkpoint: bool) -> None:
+    if not _changed(config, folder / run_folder.CONFIG).keys() & _END_KEYS:
+        raise UserError(
+            f"train.output_dir: {folder} holds a finished run. Raise train.max_steps (or "
+            "train.num_train_epochs) to train it further, name another folder, or set "
+            "train.resume to never: the old run is then put aside."
+        )
+    if not has_checkpoint:
+        raise UserError(
+            f"train.output_dir: {folder} holds a finished run without a checkpoint, so it cannot "
+            "go on: its optimizer was not kept. Set train.save_steps, and train.resume to never, "
+            "to take all steps again. Or start a new run in another folder from its weights, with "
+            f"model.name_or_path {folder / run_folder.FINAL}: they are then the reference as well."
+        )
+
+
 def _check_same_config(config: Config, checkpoint: Path) -> None:
-    saved = yaml.safe_load((checkpoint / run_folder.CONFIG).read_text())
+    changed = _changed(config, checkpoint / run_folder.CONFIG)
+    listed = [said for key, said in changed.items() if key not in (*_FREE_KEYS, *_END_KEYS)]
+    if listed:
+        raise UserError(
+            f"train.resume: {checkpoint} was trained with another configuration: "
+            f"{', '.join(listed)}. Set it back, or set train.resume to never: the old run is then "
+            "put aside."
+        )
+
+
+def _changed(config: Config, file: Path) -> dict[str, str]:
+    """The keys that have another value than in a saved configuration, and both values in words."""
+    saved = read_whole(file, {}, yaml.safe_load)
     old, new = (
         {
             f"{section}.{key}": value
@@ -244,13 +309,11 @@ def _check_same_config(config: Config, checkpoint: Path) -> None:
         }
         for nested in (saved, as_saved(config))
     )
-    changed = [key for key in new if key not in _FREE_KEYS and _moved(old.get(key)) != new[key]]
-    if changed:
-        listed = ", ".join(f"{key} (was {old.get(key)!r}, is {new[key]!r})" for key in changed)
-        raise UserError(
-            f"train.resume: {checkpoint} was trained with another configuration: {listed}. Set it "
-            "back, or set train.resume to never: the old run is then put aside."
-        )
+    return {
+        key: f"{key} (was {old.get(key)!r}, is {value!r})"
+        for key, value in new.items()
+        if _moved(old.get(key)) != value
+    }
 
 
 def _moved(value: Any) -> Any:
@@ -262,8 +325,12 @@ def _moved(value: Any) -> Any:
     return absolute(value) if isinstance(value, str) else value
 
 
-def _put_aside(folder: Path) -> None:
+def _step_of(checkpoint: Path) -> int:
+    return json.loads((checkpoint / "state.json").read_text())["step"]
+
+
+def _put_aside(path: Path) -> None:
     number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
         number += 1
-    folder.rename(aside)
+    path.rename(aside)

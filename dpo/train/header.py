@@ -4,11 +4,12 @@ import os
 
 from accelerate import Accelerator
 
-from dpo.config import Config
+from dpo.config import Config, OptimConfig
 from dpo.data.loader import PreferenceData
 from dpo.data.order import Order
 from dpo.model.models import Models
 from dpo.train.budget import Budget
+from dpo.train.optim import learning_rate
 from dpo.train.tracking import device_name, versions
 
 
@@ -20,8 +21,12 @@ def header(
     order: Order,
     budget: Budget,
     start_step: int,
+    planned: int,
 ) -> str:
-    """What runs, on what, against what; `start_step`: the step that the run goes on from, or 0."""
+    """What runs, on what, against what.
+
+    `start_step`: the step that the run goes on from, or 0; `planned`: how many it was to have then.
+    """
     trained = sum(p.numel() for p in models.trained)
     total = sum(p.numel() for p in models.policy.model.parameters())
     reference = models.reference
@@ -29,7 +34,7 @@ def header(
     if accelerator.device.type == "cuda":
         remarks += _on_a_gpu(config, num_trained_tensors=len(models.trained))
     if start_step:
-        remarks.append(f"resumed after step {start_step}")
+        remarks.append(_resumed(start_step, planned, order.num_steps, config.optim))
     lines = [
         versions(),
         f"device: {accelerator.num_processes} x {device_name(accelerator.device)}",
@@ -49,6 +54,24 @@ def header(
         *(f"note: {remark}" for remark in remarks),
     ]
     return "\n".join(lines)
+
+
+def _resumed(start_step: int, planned: int, num_steps: int, optim: OptimConfig) -> str:
+    """Where the run goes on from; and if it has another end now, what that does to the schedule."""
+    said = f"resumed after step {start_step}"
+    if num_steps == planned:
+        return said
+    said += f" of {planned} planned; now {num_steps} steps"
+    before, now = (
+        [learning_rate(step, total, optim) for step in range(start_step + 1)]
+        for total in (planned, num_steps)
+    )
+    if before == now:
+        return f"{said}: the learning rate is that of a run which had them planned from the start"
+    return (
+        f"{said}: the learning rate goes on at {now[-1]:.3g}, where {before[-1]:.3g} was planned; "
+        f"a run with {num_steps} steps planned from the start would have had other rates until here"
+    )
 
 
 def _on_a_gpu(config: Config, num_trained_tensors: int) -> list[str]:

@@ -61,6 +61,8 @@ def train(config: Config) -> Path:
     if not run.start_step:
         run.evaluate(step=0)
     for step in range(run.start_step + 1, run.order.num_steps + 1):
+        if run.is_out_of_patience:
+            break
         run.train_step(step)
         run.log(step)
         if is_due(step, config.train.eval_steps) or step == run.order.num_steps:
@@ -87,6 +89,10 @@ class Run:
         self.tokenizer = load_tokenizer(config.model)
         self.data = data = main_first(accelerator, lambda: load_data(config, self.tokenizer))
         self.order = order = Order.of(config.train, len(data.train), accelerator.num_processes)
+        planned = order.num_steps
+        if resume_from:
+            check_end = partial(checkpoints.check_end, config, resume_from, order)
+            planned = on_main(accelerator, check_end)
 
         probe = probe_pairs(data.train, order)
         policy = load_policy_to_fit(config, accelerator, probe)
@@ -104,7 +110,10 @@ class Run:
                 resume_from, policy.model, self.optimizer.optimizer, self.identity
             )
         self.start_step: int = state.get("step", 0)
-        self.best: float | None = state.get("best")
+        name = config.train.metric_for_best_model or ""
+        best = state.get("best") or {}  # versions up to 0.4.0 kept its value alone
+        self.best: dict[str, float] = best if isinstance(best, dict) else {name: best}
+        self.misses: int = state.get("misses", 0) if name in self.best else 0
         self.means = RunningMeans(device)
         if state and accelerator.is_main_process:
             self.means.load(state["sums"])
@@ -115,7 +124,7 @@ class Run:
         # Nothing is written before this line: until here, the configuration may prove wrong.
         watch = Watch(config.loss.beta if models.reference.mode != "zero" else None)
         self.tracker = Tracker(accelerator, self.folder, watch)
-        about = header(config, accelerator, models, data, order, budget, self.start_step)
+        about = header(config, accelerator, models, data, order, budget, self.start_step, planned)
         if accelerator.is_main_process:
             checkpoints.prepare_run_folder(self.folder, resume_from)
             self.tracker.rewind(self.start_step)
@@ -158,18 +167,15 @@ class Run:
 
     def log(self, step: int) -> None:
         """Logs means over the pairs since the last log; the first step is always logged alone."""
-        metrics = None
         is_last = step == self.order.num_steps
-        if step == 1 or is_last or is_due(step, self.config.train.logging_steps):
-            pairs = self.means.pop(self._sum)
-            metrics = {
-                f"train/{name}": value for name, value in (pairs | self.interval.pop()).items()
-            }
-            self.tracker.log(step, metrics)
-        self.tracker.advance(metrics)
+        has_log = step == 1 or is_last or is_due(step, self.config.train.logging_steps)
+        self.tracker.advance(self._log_means(step) if has_log else None)
 
     def evaluate(self, step: int) -> None:
-        """Logs held-out metrics and samples; keeps the weights in `best/` if they are the best."""
+        """Logs held-out metrics and samples; keeps the weights in `best/` if they are the best.
+
+        The evaluation before training is no candidate.
+        """
         if not len(self.data.held_out):
             return
         evaluation = self.evaluator.evaluate()
@@ -177,15 +183,25 @@ class Run:
         self.tracker.log_evaluation(
             step, evaluation, self.data.held_out, beta=self.config.loss.beta
         )
-        if self.accelerator.is_main_process and step:
-            self._keep_best(step, evaluation.metrics)
+        if step and self.config.train.metric_for_best_model:
+            keep_best = partial(self._keep_best, step, evaluation.metrics)
+            self.misses = on_main(self.accelerator, keep_best)
+        if self.is_out_of_patience and self.interval.pairs:
+            self._log_means(step)  # no step follows whose log they would be part of
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether `train.patience` evaluations in a row, or more, were not better than the best."""
+        patience = self.config.train.patience
+        return patience is not None and self.misses >= patience
 
     def save(self, step: int) -> None:
         """Writes `checkpoint-{step}`."""
         self.share_reference()  # so that a resumed run finds what this one will find
         budget = self.train_step.budget
         budget.tokens = smallest_over_ranks(self.accelerator, budget.tokens)
-        state = {**budget.state, "sums": self.means.state(self._sum), "best": self.best}
+        state = {**budget.state, "sums": self.means.state(self._sum)}
+        state |= {"best": self.best, "misses": self.misses}
         identity = self.identity
         if self.accelerator.is_main_process:
             model, optimizer = self.models.policy.model, self.optimizer.optimizer
@@ -209,15 +225,18 @@ class Run:
             self.tracker.close_bar()
             evaluations = self.tracker.evaluations()
             before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
-            summary = {"before": before, "after": after}
+            summary: dict[str, Any] = {"before": before, "after": after}
+            last_step = after.get("step", self.start_step)
+            if self.is_out_of_patience and last_step < self.order.num_steps:
+                summary["stopped"] = self._note_early_stop(last_step)
             tokens = self._token_rewards()
             (self.folder / run_folder.TOKEN_REWARDS).write_text(json.dumps(tokens, indent=1))
             (self.folder / run_folder.SUMMARY).write_text(json.dumps(summary, indent=1))
             if evaluations:
                 old, new = (self.tracker.samples_at(line["step"]) for line in (before, after))
                 print(f"\n{closing_table(before, after)}\n\n{side_by_side(old, new)}")
-            if summary := self.models.reference.summary():
-                print(summary)
+            if about_cache := self.models.reference.summary():
+                print(about_cache)
             print(f"The trained model is in {final}.")
             if self.config.train.write_report:
                 print(f"The report is in {write_report(self.folder)}.")
@@ -240,17 +259,36 @@ class Run:
     def _sum(self) -> Callable[[Tensor], Tensor]:
         return partial(sum_over_ranks, self.accelerator)
 
-    def _keep_best(self, step: int, metrics: dict[str, float]) -> None:
+    def _log_means(self, step: int) -> dict[str, float]:
+        means = self.means.pop(self._sum) | self.interval.pop()
+        metrics = {f"train/{name}": value for name, value in means.items()}
+        self.tracker.log(step, metrics)
+        return metrics
+
+    def _keep_best(self, step: int, metrics: dict[str, float]) -> int:
+        """Keeps the weights if they are the best; how many evaluations in a row were not."""
         name = self.config.train.metric_for_best_model
-        if not name:
-            return
-        value = metrics[name]
-        if self.best is None or is_better(name, value, self.best):
-            self.best = value
-            best = self.folder / run_folder.BEST
-            checkpoints.save_weights(self.models.policy.model, best)
-            self.tokenizer.save_pretrained(best)
-            (best / run_folder.BEST_METRIC).write_text(json.dumps({"step": step, name: value}))
+        assert name
+        if name in self.best and not is_better(name, metrics[name], self.best[name]):
+            return self.misses + 1
+        self.best = {"step": step, name: metrics[name]}
+        best = self.folder / run_folder.BEST
+        checkpoints.save_weights(self.models.policy.model, best)
+        self.tokenizer.save_pretrained(best)
+        (best / run_folder.BEST_METRIC).write_text(json.dumps(self.best))
+        return 0
+
+    def _note_early_stop(self, step: int) -> str:
+        """Says that the run stopped early and why, and notes it in the header."""
+        said = (
+            f"stopped after step {step} of {self.order.num_steps} (train.patience): no better "
+            f"{self.config.train.metric_for_best_model} in {self.misses} evaluations in a row; "
+            f"the best weights are in {run_folder.BEST}/"
+        )
+        self.tracker.say(said)
+        with (self.folder / run_folder.HEADER).open("a") as file:
+            file.write(f"note: {said}\n")
+        return said
 
     def _token_rewards(self) -> list[dict[str, Any]]:
         """Some held-out pairs, token by token, under the weights as they are now."""

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from dpo.cli import parse
 from dpo.config import PACKAGE
 from dpo.ranks import sum_over_ranks
+from dpo.train.step import TrainStep
 from dpo.train.trainer import Run, train
 from tests.models import QUICKSTART_MODEL
 
@@ -77,6 +78,22 @@ def run(settings):
     """Trains; returns the run folder."""
     forget_accelerate()
     return train(settings)
+
+
+def killed(settings, *, at):
+    """Trains until step `at`, which it does not take; returns the run folder."""
+    take = TrainStep.__call__
+
+    def take_or_die(self, step):
+        if step == at:
+            raise KeyboardInterrupt
+        take(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", take_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    return Path(settings.train.output_dir)
 
 
 def started(settings):

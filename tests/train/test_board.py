@@ -40,6 +40,14 @@ def test_every_metric_of_the_log_is_a_scalar_with_the_same_values(board):
                 assert found[line["step"]] == pytest.approx(value, rel=1e-6), name
 
 
+def scalar_steps(folder, name):
+    """The steps at which a scalar stands, over all event files of a run."""
+    (parent,) = {str(file.parent) for file in folder.rglob("events.out.tfevents*")}
+    reader = EventAccumulator(parent)
+    reader.Reload()
+    return [event.step for event in reader.Scalars(name)]
+
+
 def charts(reader):
     """Title of each custom chart: its scalars."""
     (event,) = reader.Tensors("custom_scalars__config__")

@@ -17,11 +17,10 @@ from dpo.model.load import load_policy
 from dpo.model.scorer import Scorer
 from dpo.train import checkpoint as checkpoints
 from dpo.train.checkpoint import find_checkpoint
-from dpo.train.step import TrainStep
-from tests.train.runs import config, metrics, model_folder, run, training
+from tests.train.runs import config, killed, metrics, model_folder, run, training
 
 
-def test_a_killed_and_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path, monkeypatch):
+def test_a_killed_and_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path):
     """NF4 and LoRA dropout, into the second epoch (24 pairs, steps of 16), between two logs."""
     flags = ["--model.quantization", "nf4", "--lora.dropout", 0.2, "--train.max_steps", 5]
     flags += [
@@ -37,17 +36,7 @@ def test_a_killed_and_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path, 
     straight = run(config(tmp_path, *flags, "--train.output_dir", tmp_path / "straight"))
 
     settings = config(tmp_path, *flags, "--train.output_dir", tmp_path / "killed")
-    with monkeypatch.context() as patch:
-        take = TrainStep.__call__
-
-        def killed(self, step):
-            if step == 5:
-                raise KeyboardInterrupt
-            take(self, step)
-
-        patch.setattr(TrainStep, "__call__", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(settings)
+    killed(settings, at=5)
     assert not (tmp_path / "killed" / "final").exists()
     assert [p.name for p in sorted((tmp_path / "killed").glob("checkpoint-*"))] == [
         "checkpoint-2",
