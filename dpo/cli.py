@@ -34,6 +34,7 @@ RECIPES = PACKAGE / "recipes"
 _KNOWN_WARNINGS = (
     "`is_gradient_checkpointing` is deprecated",  # peft 0.21 reads what transformers 5.23 renamed
     "Paged optimizers are not supported on CPU",  # the run header says so
+    "CUDA initialization",  # dpo.device says it
     "`broadcast_buffers` is deprecated",  # its successor is not in the oldest supported accelerate
 )
 

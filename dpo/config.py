@@ -197,6 +197,8 @@ class TrainConfig:
 
     output_dir: str = "runs/dpo"
     """Run folder."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: the GPU if there is one, and an error if torch cannot use it; cpu: the CPU."""
     per_device_train_batch_size: int = 4
     """Pairs of a step, once multiplied by gradient_accumulation_steps and the number of devices."""
     gradient_accumulation_steps: int = 4

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +18,7 @@ from dpo.config import Config
 from dpo.data.loader import PreferenceData, load_data
 from dpo.data.order import spread
 from dpo.data.stream import TokenizedPair
+from dpo.device import choose_device
 from dpo.errors import UserError
 from dpo.model.load import Policy, load_policy, load_tokenizer, load_weights
 from dpo.model.reference import Frozen, Reference, adapter_off, build_reference, choose_mode
@@ -47,7 +47,8 @@ class FinishedRun:
         weights: which of its weights: `final`, `best` or `checkpoint-N`.
 
     Raises:
-        UserError: the folder holds no finished run, or not these weights.
+        UserError: the folder holds no finished run, or not these weights; or torch cannot use this
+            machine's GPU.
     """
 
     def __init__(self, folder: Path, weights: str = run_folder.FINAL):
@@ -60,7 +61,7 @@ class FinishedRun:
             raise UserError(
                 f"{self.weights} holds no weights: wanted one of {', '.join(there)} of {folder}."
             )
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = choose_device()
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.config.model)
         self.policy: Policy = load_policy(self.config, self.device)
         self.policy.model.eval()

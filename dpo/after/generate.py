@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import TextStreamer
@@ -25,6 +24,7 @@ from dpo.after.prompts import Prompt, system_messages
 from dpo.config import Config, ModelConfig
 from dpo.data.chat import choose_template, stop_ids
 from dpo.data.formats import IM_START, Message
+from dpo.device import choose_device
 from dpo.errors import UserError
 from dpo.evaluate.samples import generate
 from dpo.evaluate.sampling import Sampling
@@ -89,8 +89,7 @@ class Speakers:
             )
             self.weights, config = path, Config(model=settings)
             self._tokenizer = load_tokenizer(settings)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            model = load_base(settings, device).eval()
+            model = load_base(settings, choose_device()).eval()
             self._models = {"policy": lambda: nullcontext(model)}
         self.sides = tuple(self._models) if side in (None, "both") else (side,)
         self._template = choose_template(self._tokenizer, config.data.chat_template)

@@ -25,7 +25,7 @@ def main(parser: Parser, argv: Sequence[str]) -> None:
     """Prints how many pairs were computed, how many were cached already, and where."""
     config, own = read_config(parser, argv)
     if own.num_processes not in (None, 1):
-        launch("cache-reference", argv, own.num_processes)
+        launch("cache-reference", argv, own.num_processes, config)
         return
     from dpo.train.ahead import cache_reference
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dpo.cli import Parser
+from dpo.config import Config
 from dpo.errors import UserError
 
 # --multi_gpu serves CPUs too; a free port lets two runs share a machine.
@@ -22,11 +23,11 @@ def add_num_processes(parser: Parser) -> None:
     )
 
 
-def launch(command: str, argv: Sequence[str], num_processes: int) -> None:
+def launch(command: str, argv: Sequence[str], num_processes: int, config: Config) -> None:
     """Starts `dpo COMMAND ...` in several processes, and leaves with their exit code.
 
     Raises:
-        UserError: no such number, or the processes were started already.
+        UserError: no such number, the processes were started already, or torch cannot use the GPUs.
     """
     if num_processes < 1:
         raise UserError(f"--num_processes: got {num_processes}, wanted 1 or more.")
@@ -42,7 +43,10 @@ def launch(command: str, argv: Sequence[str], num_processes: int) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if torch.cuda.is_available() and torch.cuda.device_count() < num_processes:
+    from dpo.device import choose_device
+
+    has_gpus = choose_device(config.train.device).type == "cuda"
+    if has_gpus and torch.cuda.device_count() < num_processes:
         raise UserError(
             f"--num_processes: got {num_processes}, wanted at most {torch.cuda.device_count()}, a "
             "process for each GPU of this machine."

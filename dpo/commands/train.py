@@ -25,7 +25,7 @@ def main(parser: Parser, argv: Sequence[str]) -> None:
     """Trains, in this process or in several."""
     config, own = read_config(parser, argv)
     if own.num_processes not in (None, 1):
-        launch("train", argv, own.num_processes)
+        launch("train", argv, own.num_processes, config)
         return
     from dpo.train.trainer import train
 

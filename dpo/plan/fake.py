@@ -37,7 +37,7 @@ class FakePolicy:
 
     def __init__(self, config: Config):
         self._quantization = config.model.quantization
-        self.policy = _without_numbers(config)
+        self.policy = without_numbers(config)
         self.mode = FakeTensorMode()
         with self.mode:
             _to_fake(self.policy.model)
@@ -117,7 +117,12 @@ class FakePolicy:
                 yield module
 
 
-def _without_numbers(config: Config) -> Policy:
+def without_numbers(config: Config) -> Policy:
+    """The policy's shapes alone, on the meta device; nothing can be run.
+
+    Raises:
+        UserError: there is no such model, or it is no causal language model.
+    """
     shape = load_shape(config.model)
     dtype = shape.dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     try:

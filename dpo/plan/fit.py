@@ -116,7 +116,13 @@ def fitting_tokens(
     return max(0, min(most, int(SHARE * free / bytes_per_token)))
 
 
-def plan_fit(fake: FakePolicy, config: Config, left: float, pairs: Sequence[TokenizedPair]) -> Fit:
+def plan_fit(
+    fake: FakePolicy,
+    config: Config,
+    left: float,
+    pairs: Sequence[TokenizedPair],
+    device_type: str = "cuda",
+) -> Fit:
     """What the trainer will find if `left` bytes are free for activations.
 
     A configured number is kept; then only `train.gradient_checkpointing` saves memory.
@@ -131,7 +137,7 @@ def plan_fit(fake: FakePolicy, config: Config, left: float, pairs: Sequence[Toke
         saving = allowed_savings(has_checkpointing=is_on)[0]
         return Fit(configured, *measure(saving), saving)
     longest = max(pair.num_stream_tokens for pair in pairs)
-    return fit_tokens(measure, longest=longest, has_checkpointing=is_on)
+    return fit_tokens(measure, longest=longest, has_checkpointing=is_on, device_type=device_type)
 
 
 def choose_base(

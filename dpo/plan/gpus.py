@@ -1,23 +1,47 @@
-"""GPUs by their data sheets, found by the names that drivers give them."""
+"""GPUs by their data sheets, found by the names that drivers give them; and this CPU, measured."""
 
 import difflib
 import re
+import time
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from dpo.plan.memory import free_bytes
+
+# Compute capability from which tensor cores take bfloat16.
+BFLOAT16_FROM = (8, 0)
+EMULATED = (
+    "this card emulates bfloat16, slowly, since its compute capability is below 8.0; "
+    "model.dtype float16 is the type of its tensor cores"
+)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its data sheet: memory in GiB, dense 16-bit tensor TFLOP/s with fp32 sums."""
+    """A device. A GPU by its data sheet: dense 16-bit tensor TFLOP/s with fp32 sums.
+
+    Attributes:
+        memory_gib: all memory of a GPU, or what is free for a process on a CPU.
+        tflops: the peak of a GPU, or what a product reaches on a CPU.
+        has_bfloat16: products in bfloat16 are no slower than in float16.
+        type: cuda or cpu.
+    """
 
     memory_gib: float
     tflops: float
+    has_bfloat16: bool = True
+    type: Literal["cuda", "cpu"] = "cuda"
 
 
 # Without sparsity, which doubles what some data sheets print. bfloat16; float16 on V100 and T4.
 GPUS: dict[str, Gpu] = {
-    "T4": Gpu(16.0, 65.0),
-    "V100-16": Gpu(16.0, 125.0),
-    "V100-32": Gpu(32.0, 125.0),
+    "T4": Gpu(16.0, 65.0, has_bfloat16=False),
+    "V100-16": Gpu(16.0, 125.0, has_bfloat16=False),
+    "V100-32": Gpu(32.0, 125.0, has_bfloat16=False),
     "A10": Gpu(24.0, 125.0),
     "A10G": Gpu(24.0, 70.0),
     "L4": Gpu(24.0, 121.0),
@@ -45,6 +69,24 @@ def find_gpu(name: str) -> Gpu | None:
     given = _words(name)
     fitting = [known for known in GPUS if _words(known) <= given and "mig" not in given]
     return GPUS[max(fitting, key=lambda known: len(_words(known)))] if fitting else None
+
+
+def this_cpu(base: PreTrainedModel) -> Gpu:
+    """This machine's CPU: the memory that is free, and its rate for the model's width and type."""
+    rate = product_tflops(base.config.get_text_config().hidden_size, base.dtype)
+    return Gpu(free_bytes(torch.device("cpu")) / 2**30, rate, type="cpu")
+
+
+@cache
+def product_tflops(width: int, dtype: torch.dtype) -> float:
+    """TFLOP/s of this CPU in the product of a micro-batch and a square layer, over 0.2 s."""
+    tokens, weight = (torch.ones(n, width, dtype=dtype) for n in (2048, width))
+    torch.nn.functional.linear(tokens[:8], weight)  # the first one starts threads
+    num_products, began = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - began) < 0.2:
+        torch.nn.functional.linear(tokens, weight)
+        num_products += 1
+    return num_products * 2 * tokens.numel() * width / seconds / 1e12
 
 
 def nearest_gpus(name: str) -> list[str]:

@@ -8,7 +8,8 @@ Left out on purpose: answers sampled at an evaluation, loading and tokenising, m
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 
 import torch
 
@@ -17,14 +18,16 @@ from dpo.data.audit import Audit
 from dpo.data.loader import first_pairs, list_sources, open_rows
 from dpo.data.order import Order, micro_batches
 from dpo.data.stream import TokenizedPair, build_stream
+from dpo.device import choose_device
 from dpo.errors import UserError
-from dpo.model.load import load_tokenizer
-from dpo.plan.fake import FakePolicy
+from dpo.model.load import load_tokenizer, without_peft
+from dpo.plan.fake import FakePolicy, without_numbers
 from dpo.plan.fit import Fit, copy_bytes, optimizer_bytes
-from dpo.plan.flops import Work, work
-from dpo.plan.gpus import GPUS, Gpu, find_gpu, nearest_gpus
+from dpo.plan.flops import Work, costs, work
+from dpo.plan.gpus import GPUS, Gpu, find_gpu, nearest_gpus, this_cpu
 
 SAMPLE_ROWS = 256
+LONG = 600  # seconds from which a run on a CPU is told its time
 PAIR_BYTES = 32  # on disk per pair, beside its numbers: digests, offsets
 
 
@@ -52,28 +55,35 @@ class Sample:
         return sum(numbers) / len(self.pairs)
 
 
-def choose_gpu(name: str | None, memory_gib: float | None, tflops: float | None) -> Gpu:
-    """The GPU of this name, of these numbers, or of this machine; numbers override data sheets.
+def choose_gpu(
+    name: str | None, memory_gib: float | None, tflops: float | None, config: Config
+) -> Gpu:
+    """The device of this name, of these numbers, or of this machine; numbers override others.
 
     Raises:
-        UserError: an unknown name (with the nearest known ones), or nothing to go by.
+        UserError: an unknown name (with the nearest known ones), or torch cannot use this machine's
+            GPU.
     """
     for flag, number in (("--memory_gib", memory_gib), ("--tflops", tflops)):
         if number is not None and not 0 < number < math.inf:
             raise UserError(f"{flag}: got {number}, wanted a number above 0.")
     if not name and memory_gib and tflops:
         return Gpu(memory_gib, tflops)
-    if not name and torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    gpu = find_gpu(name or "")
+    if not name:
+        device = choose_device(config.train.device)
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    if name.lower() == "cpu":
+        gpu = this_cpu(without_peft(without_numbers(config).model))
+    else:
+        gpu = find_gpu(name)
     if not gpu:
-        near = nearest_gpus(name or "")
+        near = nearest_gpus(name)
         raise UserError(
             f"--gpu: got {name!r}, wanted one of {', '.join(GPUS)}."
             + (f" Nearest: {', '.join(near)}." if near else "")
-            + " Name one, or give --memory_gib and --tflops (dense, 16 bits)."
+            + " Name one, or cpu, or give --memory_gib and --tflops (dense, 16 bits)."
         )
-    return Gpu(memory_gib or gpu.memory_gib, tflops or gpu.tflops)
+    return replace(gpu, memory_gib=memory_gib or gpu.memory_gib, tflops=tflops or gpu.tflops)
 
 
 def given_lengths(text: str) -> Sample:
@@ -146,6 +156,32 @@ def order_of(config: Config, sample: Sample) -> Order:
     return Order.of(config.train, sample.num_pairs or 1, num_ranks=1)
 
 
+def time_on_this_cpu(
+    config: Config, pairs: Sequence[TokenizedPair], order: Order, num_ranks: int
+) -> str:
+    """How long the run's matrix products take, in words; "" for less than ten minutes.
+
+    The rest of a run comes on top (docs/faq.md). The reference is counted in every step; one that
+    is cached already saves a third.
+    """
+    seen = chain.from_iterable(map(order.indices, range(1, order.num_steps + 1)))
+    stream = build_stream([pairs[i] for i in islice(seen, SAMPLE_ROWS)])
+    model = without_numbers(config).model
+    flops = costs(model).flops(
+        work(stream.segments, len(stream.targets)),
+        live_reference=config.reference.mode != "zero",
+    )
+    num_pairs = order.num_steps * order.pairs_per_step / num_ranks
+    rate = this_cpu(without_peft(model)).tflops
+    seconds = flops.total / stream.num_pairs * num_pairs / rate / 1e12
+    if seconds < LONG:
+        return ""
+    return (
+        f"time: at least {duration(seconds)} for {order.num_steps} steps at the "
+        f"{1000 * rate:.3g} GFLOP/s of this CPU (matrix products alone)"
+    )
+
+
 def disk_parts(config: Config, fake: FakePolicy, sample: Sample, order: Order) -> dict[str, int]:
     """The most bytes that are on the disk at once, by what is written."""
     train = config.train
@@ -170,3 +206,12 @@ def disk_parts(config: Config, fake: FakePolicy, sample: Sample, order: Order) -
     if config.model.adapter == "none":
         del parts["merged model, if you merge"]
     return {name: size for name, size in parts.items() if size}
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it: "3.2 s", "14 min", "31.0 h", "12 days"."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.0f} days"

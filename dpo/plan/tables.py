@@ -1,10 +1,13 @@
-"""The plan of a run as tables, for a person who is about to pay for the GPU.
+"""The plan of a run as tables, for a person who is about to pay for the GPU, or to do without.
 
-Time rests on one assumption, the share of the GPU's peak that is reached, and says so.
+A GPU's time rests on one assumption, the share of its peak that is reached, and says so; a CPU's on
+a rate that is measured.
 """
 
 import math
 from collections.abc import Iterator
+
+import torch
 
 from dpo.config import Config
 from dpo.data.order import Order
@@ -20,8 +23,8 @@ from dpo.plan.fit import (
     plan_fit,
 )
 from dpo.plan.flops import Costs, Work, costs
-from dpo.plan.gpus import Gpu
-from dpo.plan.plan import Sample, disk_parts, mean_work, order_of
+from dpo.plan.gpus import EMULATED, Gpu
+from dpo.plan.plan import Sample, disk_parts, duration, mean_work, order_of
 from dpo.table import Cells, Table
 
 ALLOWANCE_GIB = 2.0  # CUDA's context, the driver's and ECC's share, the allocator's gaps
@@ -32,16 +35,17 @@ def plan_tables(config: Config, gpu: Gpu, sample: Sample, *, mfu: float) -> Iter
     order = order_of(config, sample)
     fake = FakePolicy(config)
     yield _lengths_table(sample)
-    memory = (gpu.memory_gib - ALLOWANCE_GIB) * 2**30
+    memory = (gpu.memory_gib - _allowance_gib(gpu)) * 2**30
     dequantized, reason = choose_base(config, memory, sample.pairs, fake)
     parts = memory_parts(fake, config, dequantized=dequantized)
     left = memory - sum(parts.values())
-    fit = plan_fit(fake, config, left, sample.pairs)
+    fit = plan_fit(fake, config, left, sample.pairs, gpu.type)
     model_costs, pair = costs(fake.policy.model), mean_work(fake, sample, fit)
     at_once = min(fit.tokens, math.ceil(order.pairs_per_step * sample.mean(sample.tokens)))
-    verdict = [*([reason] if reason else []), *_verdict(config, fake, sample, left, fit)]
+    verdict = [*([reason] if reason else []), *_verdict(config, gpu, fake, sample, left, fit)]
     yield _memory_table(gpu, parts, at_once, at_once * fit.bytes_per_token, verdict)
-    yield _costs_table(config, gpu, model_costs, pair, order, mfu)
+    rate, notes = gpu.tflops * 1e12 * mfu, [*_time_notes(gpu, fake, mfu)]
+    yield _costs_table(config, model_costs, pair, order, rate, notes)
     yield _disk_table(disk_parts(config, fake, sample, order))
 
 
@@ -65,19 +69,19 @@ def _memory_table(
     gpu: Gpu, parts: dict[str, int], tokens: int, activations: float, verdict: list[str]
 ) -> Table:
     """`tokens`: those of a micro-batch, which are the budget, or all of a step if it has fewer."""
-    everything = ALLOWANCE_GIB * 2**30 + sum(parts.values()) + activations
+    allowance = _allowance_gib(gpu)
+    everything = allowance * 2**30 + sum(parts.values()) + activations
     rows: list[Cells] = [("memory", "GiB"), *((part, _gib(size)) for part, size in parts.items())]
-    rows += [
-        (f"activations of {tokens} tokens, and the head's tile", _gib(activations)),
-        ("context and fragmentation (allowance, not measured)", f"{ALLOWANCE_GIB:.2f}"),
-        ("sum", _gib(everything)),
-        ("the GPU has", f"{gpu.memory_gib:.2f}"),
-    ]
+    rows.append((f"activations of {tokens} tokens, and the head's tile", _gib(activations)))
+    if allowance:
+        rows.append(("context and fragmentation (allowance, not measured)", f"{allowance:.2f}"))
+    has = "free on this CPU" if gpu.type == "cpu" else "the GPU has"
+    rows += [("sum", _gib(everything)), (has, f"{gpu.memory_gib:.2f}")]
     return Table(rows, notes=verdict)
 
 
 def _verdict(
-    config: Config, fake: FakePolicy, sample: Sample, left: float, fit: Fit
+    config: Config, gpu: Gpu, fake: FakePolicy, sample: Sample, left: float, fit: Fit
 ) -> Iterator[str]:
     """What fits, in sentences. Read it last: it may change what `fake` checkpoints."""
     if left <= 0:
@@ -87,7 +91,7 @@ def _verdict(
     yield f"A token takes {per_token} with {fit.saving}; {_gib(left)} GiB are left."
     is_auto = config.train.tokens_per_microbatch == "auto"
     how = (
-        f"auto: {SHARE} of what is left, at most {MOST_TOKENS['cuda']}"
+        f"auto: {SHARE} of what is left, at most {MOST_TOKENS[gpu.type]}"
         if is_auto
         else "as configured"
     )
@@ -108,7 +112,12 @@ def _verdict(
 
 
 def _costs_table(
-    config: Config, gpu: Gpu, model_costs: Costs, pair: Work, order: Order, mfu: float
+    config: Config,
+    model_costs: Costs,
+    pair: Work,
+    order: Order,
+    rate: float,
+    notes: list[str],
 ) -> Table:
     """FLOPs of a pair by part, of a step and of the run, with the reference live and cached."""
     live, cached = (model_costs.flops(pair, live_reference=is_live) for is_live in (True, False))
@@ -128,14 +137,31 @@ def _costs_table(
     totals = (live.total, cached.total)
     for name, number in ((f"a step of {pairs} pairs", pairs), (f"{steps} steps", pairs * steps)):
         rows.append((name, *(_flops(total * number) for total in totals)))
-    rate = gpu.tflops * 1e12 * mfu
     for name, number in (("time of a step", pairs), ("time of the run", pairs * steps)):
-        rows.append((name, *(_duration(total * number / rate) for total in totals)))
-    note = (
+        rows.append((name, *(duration(total * number / rate) for total in totals)))
+    return Table(rows, notes=notes)
+
+
+def _time_notes(gpu: Gpu, fake: FakePolicy, mfu: float) -> Iterator[str]:
+    """What the time rests on."""
+    left_out = "Not in it: loading, tokenising, evaluation."
+    if gpu.type == "cpu":
+        yield (
+            f"Time is that of the matrix products alone, at {mfu:.0%} (--mfu) of "
+            f"{1000 * gpu.tflops:.3g} GFLOP/s, this CPU's rate as measured now. {left_out}"
+        )
+        return
+    yield (
         f"Time assumes {mfu:.0%} of {gpu.tflops:g} TFLOP/s (--mfu): an assumption, not measured. "
-        "Not in it: loading, tokenising, evaluation."
+        f"{left_out}"
     )
-    return Table(rows, notes=[note])
+    if fake.base.dtype == torch.bfloat16 and not gpu.has_bfloat16:
+        yield f"The time is float16's: {EMULATED}."
+
+
+def _allowance_gib(gpu: Gpu) -> float:
+    """On a CPU, what is free is what is left to a process that has loaded all its code."""
+    return 0.0 if gpu.type == "cpu" else ALLOWANCE_GIB
 
 
 def _disk_table(parts: dict[str, int]) -> Table:
@@ -163,9 +189,3 @@ def _flops(number: float) -> str:
 
 
 _FLOP_UNITS = [(1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

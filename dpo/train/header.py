@@ -2,12 +2,15 @@
 
 import os
 
+import torch
 from accelerate import Accelerator
 
 from dpo.config import Config, OptimConfig
 from dpo.data.loader import PreferenceData
 from dpo.data.order import Order
+from dpo.model.load import without_peft
 from dpo.model.models import Models
+from dpo.plan.gpus import BFLOAT16_FROM, EMULATED
 from dpo.train.budget import Budget
 from dpo.train.optim import learning_rate
 from dpo.train.tracking import device_name, versions
@@ -20,12 +23,15 @@ def header(
     data: PreferenceData,
     order: Order,
     budget: Budget,
+    *,
     start_step: int,
     planned: int,
+    time: str,
 ) -> str:
     """What runs, on what, against what.
 
-    `start_step`: the step that the run goes on from, or 0; `planned`: how many it was to have then.
+    `start_step`: the step that the run goes on from, or 0; `planned`: how many it was to have then;
+    `time`: how long it takes, if known.
     """
     trained = sum(p.numel() for p in models.trained)
     total = sum(p.numel() for p in models.policy.model.parameters())
@@ -33,6 +39,9 @@ def header(
     remarks = _remarks(config, accelerator, data, order)
     if accelerator.device.type == "cuda":
         remarks += _on_a_gpu(config, num_trained_tensors=len(models.trained))
+        is_bfloat16 = without_peft(models.policy.model).dtype == torch.bfloat16
+        if is_bfloat16 and torch.cuda.get_device_capability(accelerator.device) < BFLOAT16_FROM:
+            remarks.append(EMULATED)
     if start_step:
         remarks.append(_resumed(start_step, planned, order.num_steps, config.optim))
     lines = [
@@ -50,6 +59,7 @@ def header(
         f"pairs: {len(data.train)} to train on, {len(data.held_out)} held out; "
         f"{order.pairs_per_step} a step, {order.steps_per_epoch} steps an epoch, "
         f"{order.num_steps} steps",
+        *([time] if time else []),
         *models.policy.notes,
         *(f"note: {remark}" for remark in remarks),
     ]
@@ -108,6 +118,13 @@ def _remarks(
         remarks.append("nothing is held out: no evaluation")
     if config.optim.name.startswith("paged") and accelerator.device.type == "cpu":
         remarks.append(f"{config.optim.name} runs unpaged on a CPU")
+    if config.train.device == "cpu" and torch.cuda.is_available():
+        remarks.append("train.device is cpu: the GPU is not used")
+    if accelerator.device.type == "cpu" and torch.backends.mps.is_available():
+        remarks.append(
+            "the CPU trains, not Apple's GPU (MPS): nothing here is tested on it, and it lacks the "
+            "float64 in which metrics are summed"
+        )
     if config.model.quantization == "int8":
         remarks.append("int8 layers compute in float16, whatever model.dtype is")
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

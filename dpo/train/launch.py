@@ -7,14 +7,19 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
 from dpo.config import Config
+from dpo.device import choose_device
 from dpo.errors import UserError
 
 
 def build_accelerator(config: Config, trackers: list[str]) -> Accelerator:
-    """Accelerate for devices, processes and trackers alone; model.dtype decides the precision."""
+    """Accelerate for devices, processes and trackers alone; model.dtype decides the precision.
+
+    Raises:
+        UserError: torch cannot use this machine's GPU, or each process would train alone.
+    """
     prepare_torch(config)
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
+        cpu=choose_device(config.train.device).type == "cpu",
         mixed_precision="no",
         log_with=trackers or None,  # type: ignore[arg-type]
         project_dir=config.train.output_dir,

@@ -16,7 +16,7 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device):
-        self._has_events = device.type == "cuda"
+        self.device, self._has_events = device, device.type == "cuda"
         self._spans: list[tuple[str, float, float]] = []
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -89,7 +89,7 @@ class LoggingInterval:
             "pairs_per_second": self.pairs / self.seconds,
             "model_tflops": tflops,
             **({"mfu": tflops / self.peak_tflops} if self.peak_tflops else {}),
-            "memory_gib": peak_memory_gib(),
+            "memory_gib": peak_memory_gib(self.stopwatch.device),
             **{f"time/{name}": share for name, share in shares.items()},
             "time/step": 1 - sum(shares.values()),
         }
@@ -97,8 +97,8 @@ class LoggingInterval:
         return metrics
 
 
-def peak_memory_gib() -> float:
+def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -7,6 +7,7 @@ Left out on purpose: callbacks, and Accelerate's accumulation, schedulers, sampl
 """
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -30,6 +31,7 @@ from dpo.model.load import load_tokenizer
 from dpo.model.models import build_models
 from dpo.plan.flops import costs
 from dpo.plan.gpus import peak_tflops
+from dpo.plan.plan import time_on_this_cpu
 from dpo.ranks import main_first, on_main, smallest_over_ranks, sum_over_ranks
 from dpo.report.page import write_report
 from dpo.train import checkpoint as checkpoints
@@ -94,6 +96,12 @@ class Run:
             check_end = partial(checkpoints.check_end, config, resume_from, order)
             planned = on_main(accelerator, check_end)
 
+        time = ""
+        if device.type == "cpu":
+            ranks = accelerator.num_processes
+            time = on_main(accelerator, lambda: time_on_this_cpu(config, data.train, order, ranks))
+            if time and accelerator.is_main_process:  # now, since loading takes long as well
+                print(time, file=sys.stderr)
         probe = probe_pairs(data.train, order)
         policy = load_policy_to_fit(config, accelerator, probe)
         all_pairs = chain(data.train.select(order.seen()), data.held_out)
@@ -124,7 +132,17 @@ class Run:
         # Nothing is written before this line: until here, the configuration may prove wrong.
         watch = Watch(config.loss.beta if models.reference.mode != "zero" else None)
         self.tracker = Tracker(accelerator, self.folder, watch)
-        about = header(config, accelerator, models, data, order, budget, self.start_step, planned)
+        about = header(
+            config,
+            accelerator,
+            models,
+            data,
+            order,
+            budget,
+            start_step=self.start_step,
+            planned=planned,
+            time=time,
+        )
         if accelerator.is_main_process:
             checkpoints.prepare_run_folder(self.folder, resume_from)
             self.tracker.rewind(self.start_step)

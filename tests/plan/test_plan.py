@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from dpo.cli import parse
+from dpo.config import Config
+from dpo.data.order import Order
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
 from dpo.model.load import load_policy
@@ -26,15 +28,17 @@ from dpo.plan.fit import (
     plan_fit,
 )
 from dpo.plan.flops import Work, costs
-from dpo.plan.gpus import GPUS, Gpu
+from dpo.plan.gpus import GPUS, Gpu, product_tflops
 from dpo.plan.plan import (
     Sample,
     choose_gpu,
     disk_parts,
+    duration,
     first_rows,
     given_lengths,
     mean_work,
     order_of,
+    time_on_this_cpu,
 )
 from dpo.plan.tables import plan_tables
 from dpo.train.optim import build_optimizer
@@ -338,9 +342,10 @@ def test_lengths_are_three_whole_numbers(text):
 
 
 def test_a_number_replaces_the_data_sheets():
-    assert choose_gpu("H100", None, None) == GPUS["H100"]
-    assert choose_gpu("H100", 60.0, None) == Gpu(60.0, GPUS["H100"].tflops)
-    assert choose_gpu(None, 24.0, 71.0) == Gpu(24.0, 71.0)
+    assert choose_gpu("H100", None, None, Config()) == GPUS["H100"]
+    assert choose_gpu("H100", 60.0, None, Config()) == Gpu(60.0, GPUS["H100"].tflops)
+    assert choose_gpu(None, 24.0, 71.0, Config()) == Gpu(24.0, 71.0)
+    assert choose_gpu("T4", None, 60.0, Config()) == Gpu(16.0, 60.0, has_bfloat16=False)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +359,105 @@ def test_a_number_replaces_the_data_sheets():
 )
 def test_an_unknown_gpu_is_refused_with_the_nearest(given, said):
     with pytest.raises(UserError, match=said):
-        choose_gpu(*given)
+        choose_gpu(*given, Config())
+
+
+# ----------------------------------------------------------------------------------- this CPU
+
+
+def test_without_a_name_the_device_of_this_machine_is_planned(folder, monkeypatch):
+    monkeypatch.setattr("dpo.plan.gpus.product_tflops", lambda width, dtype: 0.154)
+    monkeypatch.setattr("dpo.plan.gpus.free_bytes", lambda device: 30 * 2**30)
+    config = configuration(folder)
+    this_cpu = Gpu(30.0, 0.154, type="cpu")
+    assert choose_gpu(None, None, None, config) == choose_gpu("cpu", None, None, config) == this_cpu
+    assert choose_gpu(None, 8.0, None, config) == Gpu(8.0, 0.154, type="cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
+    assert choose_gpu(None, None, None, config) == GPUS["L4"]
+    config.train.device = "cpu"
+    assert choose_gpu(None, None, None, config) == this_cpu
+
+
+@pytest.mark.parametrize(
+    ("dtype", "measured"), [("float16", torch.float16), ("auto", torch.bfloat16)]
+)
+def test_a_cpu_is_measured_on_the_width_and_type_of_the_model(
+    tmp_path, monkeypatch, dtype, measured
+):
+    shape = tiny(**SIZES).config
+    shape.dtype = "bfloat16"
+    shape.save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr("dpo.plan.gpus.product_tflops", lambda *given: asked.append(given) or 1.0)
+    choose_gpu("cpu", None, None, configuration(tmp_path, "--model.dtype", dtype))
+    assert asked == [(64, measured)]
+
+
+def test_the_rate_is_that_of_the_products_that_were_made(monkeypatch):
+    """A clock that each product moves by 0.05 s: four of 2 x 2048 x 64 x 64 FLOPs in 0.2 s; what
+    starts the threads does not count."""
+    clock = [0.0]
+
+    def product(tokens, weight):
+        clock[0] += 0.05 if len(tokens) == 2048 else 99.0
+
+    monkeypatch.setattr("dpo.plan.gpus.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.nn.functional, "linear", product)
+    rate = product_tflops.__wrapped__(64, torch.float32)
+    assert rate == pytest.approx(4 * 2 * 2048 * 64 * 64 / 0.2 / 1e12, rel=1e-6)
+
+
+def test_a_7b_model_on_a_cpu_is_planned_in_days(tmp_path):
+    """200 steps of 16 pairs of 33.5 TFLOP (docs/performance.md) at 154 GFLOP/s: 8 days."""
+    shape = {"model_type": "llama", **MISTRAL_7B}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    flags = ["--config", "neuralhermes", "--model.name_or_path", str(tmp_path)]
+    cpu = Gpu(30.0, 0.154, type="cpu")
+    text = said(parse(flags), cpu, given_lengths("244,195,334"), mfu=1.0)
+    assert cells(text, "time of the run")[:2] == ["8", "days"]
+    assert cells(text, "free on this CPU") == ["30.00"]
+    assert "Token budget of a micro-batch: 2048 (auto: 0.9 of what is left, at most 2048)" in text
+    assert "allowance" not in text  # what is free is free for a process that runs already
+    parts = text[text.index("base weights") : text.index("sum  ")].splitlines()
+    assert float(cells(text, "sum  ")[0]) == pytest.approx(
+        sum(float(line.split()[-1]) for line in parts), abs=0.05
+    )
+
+
+def test_the_time_of_a_run_is_its_flops_over_the_rate(folder, monkeypatch):
+    """Five steps of 16 pairs on two ranks, of two kinds of pairs in equal parts, at 1 kFLOP/s."""
+    monkeypatch.setattr("dpo.plan.gpus.product_tflops", lambda width, dtype: 1e-9)
+    config = configuration(folder, "--train.max_steps", 5)
+    kinds = [TokenizedPair([0] * 90, [1] * 20, [2] * 40), TokenizedPair([0] * 9, [1] * 60, [2] * 9)]
+    fake, sample = FakePolicy(config), Sample(kinds * 8, 16, "made up")
+    for mode in ("auto", "zero"):
+        config.reference.mode = mode
+        pair = costs(fake.policy.model).flops(
+            mean_work(fake, sample, Fit(10**9, 1.0, 0.0, Saving())), live_reference=mode == "auto"
+        )
+        order = Order(num_pairs=16, pairs_per_step=16, num_steps=5, seed=0)
+        days = duration(pair.total * 16 * 5 / 2 / 1e3)
+        assert days.endswith(" days")
+        text = time_on_this_cpu(config, sample.pairs, order, num_ranks=2)
+        assert text.startswith(
+            f"time: at least {days} for 5 steps at the 1e-06 GFLOP/s of this CPU"
+        )
+
+
+def test_times_have_the_unit_that_suits_them():
+    times = (3.21, 60, 840, 7200, 36000, 172799, 864000)
+    words = ["3.2 s", "60 s", "14 min", "2.0 h", "10.0 h", "48.0 h", "10 days"]
+    assert [duration(seconds) for seconds in times] == words
+
+
+def test_a_card_that_emulates_bfloat16_is_planned_with_a_note(folder):
+    config = configuration(folder, "--model.dtype", "bfloat16")
+    assert "The time is float16's: this card emulates bfloat16" in said(config, GPUS["T4"])
+    assert "emulates" not in said(config, GPUS["A100-80"])
+    config.model.dtype = "float16"
+    assert "emulates" not in said(config, GPUS["T4"])
+    assert [name for name in GPUS if not GPUS[name].has_bfloat16] == ["T4", "V100-16", "V100-32"]
 
 
 def test_padded_rows_are_planned_with_their_padding(folder):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo.commands import main
 from tests.commands import as_process
 from tests.models import tiny
 
@@ -31,11 +32,22 @@ def test_a_recipe_is_planned_from_config_json_alone(folder):
     assert "optimizer state, paged_adamw_32bit" in out
 
 
+@pytest.mark.parametrize("flags", [["--gpu", "cpu"], ["--gpu", "CPU", "--mfu", "1"], []])
+def test_this_machine_is_planned_by_name_or_if_none_is_named(flags, folder, monkeypatch, capsys):
+    """Its rate as measured, all of it; this machine is one without a GPU."""
+    monkeypatch.setattr("dpo.plan.gpus.product_tflops", lambda width, dtype: 0.154)
+    monkeypatch.setattr("dpo.plan.gpus.free_bytes", lambda device: 30 * 2**30)
+    main(["plan", *flags, "--model.name_or_path", str(folder), "--lengths", "50,20,30"])
+    out, _ = capsys.readouterr()
+    assert "free on this CPU" in out
+    assert "at 100% (--mfu) of 154 GFLOP/s, this CPU's rate as measured now" in out
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--gpu", "A1000"], "--gpu: got 'A1000', wanted one of T4"),
-        ([], "--gpu: got None, wanted one of T4"),
+        (["--gpu", "L4", "--mfu", "0"], "--mfu: got 0.0, wanted a share of the peak"),
         (["--gpu", "L4", "--mfu", "40"], "--mfu: got 40.0, wanted a share of the peak"),
         (["--gpu", "L4", "--lengths", "9,9"], "--lengths: got '9,9', wanted three whole numbers"),
         (["--gpu", "L4", "--lora.rank", "8"], "unknown key lora.rank. Nearest: lora.r"),

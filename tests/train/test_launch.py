@@ -1,6 +1,7 @@
-"""What PyTorch is told before CUDA starts, and what the header says of it."""
+"""What PyTorch is told before CUDA starts, the device, and what the header says of both."""
 
 import os
+from types import SimpleNamespace
 
 import bitsandbytes.optim.optimizer
 import pytest
@@ -8,10 +9,11 @@ import torch
 from torch import nn
 
 from dpo.config import Config, OptimConfig
-from dpo.train.header import _on_a_gpu
+from dpo.train import trainer as trainers
+from dpo.train.header import _on_a_gpu, header
 from dpo.train.launch import prepare_torch
 from dpo.train.optim import build_optimizer
-from tests.train.runs import config, run, training
+from tests.train.runs import config, first_step, run, started, training
 
 NAMES = "PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF CUBLAS_WORKSPACE_CONFIG".split()
 
@@ -100,3 +102,92 @@ def test_how_often_an_optimizer_waits_for_the_device(monkeypatch, name, waits):
     model(torch.ones(1, 64)).sum().backward()
     optimizer.step()
     assert len(calls) == waits
+
+
+# ------------------------------------------------------------------------------------- the device
+
+
+def test_a_run_that_wants_the_cpu_leaves_a_usable_gpu_alone(tmp_path, monkeypatch):
+    """Torch says that it has one: whatever then asks CUDA for more fails, here and on a GPU."""
+    plain = run(config(tmp_path, "--train.output_dir", tmp_path / "plain"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    folder = run(config(tmp_path, "--train.device", "cpu"))
+    assert "device: 1 x CPU" in (folder / "header.txt").read_text()
+    assert "note: train.device is cpu: the GPU is not used" in (folder / "header.txt").read_text()
+    assert "train.device" not in (plain / "header.txt").read_text()
+    assert training(folder) == training(plain)
+    assert first_step(folder)["train/memory_gib"] > 0.1  # of the process, not of the GPU
+
+
+def test_a_run_may_go_on_on_another_device(tmp_path):
+    flags = ["--train.save_steps", 2]
+    straight = run(config(tmp_path, *flags))
+    resumed = ["--train.resume", straight / "checkpoint-2", "--train.output_dir", tmp_path / "on"]
+    again = run(config(tmp_path, *flags, *resumed, "--train.device", "cpu"))
+    assert training(again)[-1] == training(straight)[-1]
+
+
+@pytest.mark.parametrize("has_mps", [True, False])
+def test_the_header_says_that_apples_gpu_is_not_used(has_mps, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+    assert started(config(tmp_path)).accelerator.device.type == "cpu"
+    assert ("note: the CPU trains, not Apple's GPU (MPS)" in capsys.readouterr().err) is has_mps
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "is_said"),
+    [
+        ((7, 5), "bfloat16", True),
+        ((7, 5), "float16", False),
+        ((8, 0), "bfloat16", False),
+        ((7, 0), "float32", False),
+    ],
+)
+def test_the_header_says_that_an_old_card_emulates_bfloat16(
+    capability, dtype, is_said, tmp_path, monkeypatch
+):
+    """A run on the CPU, whose header is written as if it were on a card."""
+    made = started(config(tmp_path, "--model.dtype", dtype))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    card = SimpleNamespace(num_processes=1, device=torch.device("cuda"))
+    budget = made.train_step.budget
+    said = header(
+        made.config,
+        card,
+        made.models,
+        made.data,
+        made.order,
+        budget,
+        start_step=0,
+        planned=1,
+        time="",
+    )
+    assert ("emulates bfloat16, slowly" in said) is is_said
+    assert ("model.dtype float16 is the type of its tensor cores" in said) is is_said
+
+
+def test_a_long_run_on_a_cpu_is_told_its_time_before_weights_load(tmp_path, monkeypatch, capsys):
+    """At 1 kFLOP/s; a rate that is not known for sure says nothing about this machine."""
+    monkeypatch.setattr("dpo.plan.gpus.product_tflops", lambda width, dtype: 1e-9)
+    load = trainers.load_policy_to_fit
+
+    def listening(*given):
+        loaded_after.append(capsys.readouterr().err)
+        return load(*given)
+
+    loaded_after = []
+    monkeypatch.setattr(trainers, "load_policy_to_fit", listening)
+    folder = run(config(tmp_path, "--train.max_steps", 1))
+    (said,) = loaded_after[0].splitlines()
+    assert said.startswith("time: at least ")
+    assert said.endswith(
+        " days for 1 steps at the 1e-06 GFLOP/s of this CPU (matrix products alone)"
+    )
+    assert said in (folder / "header.txt").read_text()
+
+
+def test_a_short_run_is_told_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dpo.plan.gpus.product_tflops", lambda width, dtype: 1.0)
+    started(config(tmp_path))
+    assert "time:" not in capsys.readouterr().err
