@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices: threads only get in each other's way
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a GPU's, before it is first asked
 
 import pytest
 import torch
 
-torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
+torch.set_num_threads(1)  # also where torch was imported before
 
 
 sees_gpu, HAS_GPU = torch.cuda.is_available, torch.cuda.is_available()

@@ -4,8 +4,13 @@ Neither this machine's GPU nor the lack of one matters: torch, the kernel's devi
 nvidia-smi are played.
 """
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -18,7 +23,7 @@ from dpo.config import Config
 from dpo.device import choose_device
 from dpo.errors import UserError
 from tests.models import QUICKSTART_MODEL
-from tests.train.runs import config
+from tests.train.runs import QUIET, config, rows_file
 
 OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your driver"
 
@@ -146,3 +151,101 @@ def test_several_processes_on_a_cpu_need_no_gpu_each(with_gpu):
     settings.train.device = "cpu"
     launch("train", [], 2, settings)
     assert len(started) == 1
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """A machine of eight physical cores, of which this process may use sixteen logical ones."""
+    monkeypatch.setattr(devices.psutil, "cpu_count", lambda logical: 16 if logical else 8)
+    monkeypatch.setattr(devices, "num_cores", lambda: 16)
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    yield monkeypatch
+    torch.set_num_threads(1)
+
+
+class Launcher:
+    """What psutil tells of the process that has started this one."""
+
+    def __init__(self, options="", **environment):
+        self.cmdline = lambda: ["accelerate", "launch", *options.split(), "scripts/train.py"]
+        self.environ = lambda: environment
+
+
+def test_torch_takes_the_physical_cores(cores):
+    choose_device("cpu")
+    assert torch.get_num_threads() == 8
+
+
+def test_the_ranks_of_a_machine_share_its_cores(cores):
+    cores.setenv("LOCAL_WORLD_SIZE", "4")
+    choose_device("cpu")
+    assert torch.get_num_threads() == 2
+    cores.setenv("LOCAL_WORLD_SIZE", "64")
+    choose_device("cpu")
+    assert torch.get_num_threads() == 1
+
+
+def test_no_more_threads_than_cores_that_this_process_may_use(cores):
+    cores.setattr(devices, "num_cores", lambda: 3)
+    choose_device("cpu")
+    assert torch.get_num_threads() == 3
+
+
+def test_what_the_user_has_set_stays(cores):
+    cores.setenv("OMP_NUM_THREADS", "5")
+    torch.set_num_threads(5)
+    choose_device("cpu")
+    assert torch.get_num_threads() == 5
+
+
+@pytest.mark.parametrize(
+    ("launcher", "threads"),
+    [
+        (Launcher(), 8),
+        (Launcher(OMP_NUM_THREADS="1"), 1),
+        (Launcher("--num_cpu_threads_per_process 1"), 1),
+        (Launcher("--num-cpu-threads-per-process=1"), 1),
+    ],
+)
+def test_one_thread_of_a_launcher_is_not_the_users_wish(cores, launcher, threads):
+    """accelerate launch sets OMP_NUM_THREADS to 1 for the process that it starts."""
+    cores.setenv("OMP_NUM_THREADS", "1")
+    cores.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    cores.setattr(devices.psutil, "Process", lambda pid: launcher)
+    torch.set_num_threads(1)
+    choose_device("cpu")
+    assert torch.get_num_threads() == threads
+
+
+def test_a_launcher_that_cannot_be_asked_is_believed(cores):
+    def gone(pid):
+        raise devices.psutil.NoSuchProcess(pid)
+
+    cores.setenv("OMP_NUM_THREADS", "1")
+    cores.setenv("TORCHELASTIC_RUN_ID", "none")
+    cores.setattr(devices.psutil, "Process", gone)
+    torch.set_num_threads(1)
+    choose_device("cpu")
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [None, "1"])
+def test_a_launched_run_says_how_many_threads_it_takes(tmp_path, given):
+    """Through the command of the README; the launcher is real."""
+    clean = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    launch = [Path(sys.executable).parent / "accelerate", "launch", "--quiet", "scripts/train.py"]
+    flags = ["--train.max_steps", "1", "--train.output_dir", tmp_path / "run", *QUIET]
+    flags += ["--data.name_or_path", rows_file(tmp_path, 20)]
+    subprocess.run(
+        [*launch, *map(str, flags)],
+        cwd=Path(__file__).parents[1],
+        env=clean | ({"OMP_NUM_THREADS": given} if given else {}),
+        check=True,
+        capture_output=True,
+    )
+    cores = min(psutil.cpu_count(logical=False), devices.num_cores())
+    threads = f"{cores} thread{'s' * (cores > 1)}" if given is None else "1 thread, as given"
+    header = (tmp_path / "run" / "header.txt").read_text()
+    assert f"device: 1 x CPU, {threads}\n" in header

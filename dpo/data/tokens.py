@@ -33,7 +33,8 @@ from dpo.data.files import digest, file_sums
 from dpo.data.formats import RowError, to_preference
 from dpo.data.limits import Limits
 from dpo.data.sources import Row, Source
-from dpo.data.workers import in_order, num_cores
+from dpo.data.workers import in_order
+from dpo.device import num_cores
 from dpo.errors import UserError
 
 BATCH_ROWS = 1000  # a worker's task: about a second

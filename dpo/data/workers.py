@@ -42,12 +42,6 @@ def in_order(
             yield pending.popleft().result()
 
 
-def num_cores() -> int:
-    """The number of cores that this process may use."""
-    known = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-
-
 @contextmanager
 def _workers(work: Callable[[Any], Any], number: int) -> Iterator[ProcessPoolExecutor]:
     """Forks workers where that is safe: they start at once and share the tokenizer's memory."""

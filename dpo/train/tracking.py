@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dpo import run_folder
 from dpo.config import Config
 from dpo.data.loader import Pairs
+from dpo.device import is_number_of_threads_given
 from dpo.errors import UserError
 from dpo.evaluate.diagnostics import Watch
 from dpo.evaluate.evaluator import Evaluation, held_out_columns
@@ -201,4 +202,6 @@ def device_name(device: torch.device) -> str:
     """The device in words, for the run header."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    number = torch.get_num_threads()
+    given = ", as given" if is_number_of_threads_given() else ""
+    return f"CPU, {number} {'thread' if number == 1 else 'threads'}{given}"
