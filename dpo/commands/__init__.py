@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in NAMES:
         run(argv[0], argv[1:])
-    else:  # --help, --version, --print_completion, or a mistake
-        run_command(lambda: read_flags(whole_parser(), argv))
+    else:  # --help, --version, --print_completion, nothing, or a mistake
+        run_command(lambda: read_flags(whole_parser(), argv or ["--help"]))
 
 
 def run(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> None:
