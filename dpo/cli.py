@@ -199,6 +199,8 @@ def _instead_of_the_quickstarts(namespace: Any) -> list[str]:
         # Its held-out rows and its ground truth are about its own rows.
         flags += ["--data.eval_path", "null", "--train.eval_exact_match", "false"]
         flags += ["--train.metric_for_best_model", "null"]
+        # Its number is for its short rows.
+        flags += ["--train.tokens_per_microbatch", "auto"]
     if namespace["model.name_or_path"] != own["model"]["name_or_path"]:
         # Its learning rate and beta are for its tiny model; the defaults are the article's.
         for section in ("loss", "optim"):

@@ -73,6 +73,7 @@ def test_other_data_drops_the_quickstarts_held_out_rows_and_ground_truth(flags):
     assert config.data.eval_path is None
     assert config.train.eval_exact_match is False
     assert config.train.metric_for_best_model is None
+    assert config.train.tokens_per_microbatch == "auto"
     assert config.optim == parse([]).optim
 
 
