@@ -1,13 +1,12 @@
 """How many tokens go through the model at once, throughout the run.
 
 At the start one micro-batch is scored and differentiated, and `dpo.plan.fit` says from its bytes
-how many tokens fit; on a CPU, where smaller micro-batches may be faster, some are timed. `Budget`
-then follows what really happens: it shrinks if memory runs out nevertheless, and grows again later.
+how many tokens fit. `Budget` then follows what really happens: it shrinks if memory runs out
+nevertheless, and grows again later.
 """
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from dpo.config import Config
-from dpo.data.order import Order, micro_batches
+from dpo.data.order import Order
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
 from dpo.logps import pair_logps
@@ -28,8 +27,6 @@ from dpo.plan.memory import free_bytes, peak_bytes
 from dpo.ranks import smallest_over_ranks
 
 PROBE_TOKENS = 2048  # so many that the bytes which do not depend on tokens count for little
-CPU_TOKENS = (2048, 1024, 512)  # what is timed on a CPU; more overflow its caches too
-FASTER = 0.97  # smaller micro-batches are taken if they need less than this share of the time
 STEPS_TO_RECOVER = 50  # a failed attempt costs a micro-batch or two
 
 
@@ -127,13 +124,13 @@ def _auto_budget(
 ) -> Budget:
     """A budget of as many tokens as fit, measured on some pairs."""
     device = accelerator.device
+    stream = build_stream(pairs).to(device)
     reference = models.reference if models.reference.is_absent else models.reference.live
     for parameter in models.trained:  # allocate gradients first, so that they are not counted
         parameter.grad = torch.zeros_like(parameter)
     moments = optimizer_bytes(models.trained, config.optim.name)
 
-    def score_and_differentiate(pairs: Sequence[TokenizedPair]) -> None:
-        stream = build_stream(pairs).to(device)
+    def score_and_differentiate() -> None:
         with accelerator.no_sync(models.scorer):
             logps = pair_logps(
                 models.scorer(stream), reference(stream), stream.sequence_ids, stream.num_pairs
@@ -143,8 +140,7 @@ def _auto_budget(
     def measure(saving: Saving) -> tuple[float, float]:
         save_memory(models, accelerator, saving)
         try:
-            peak = peak_bytes(device, lambda: score_and_differentiate(pairs))
-            per_token = peak / sum(pair.num_stream_tokens for pair in pairs)
+            per_token = peak_bytes(device, score_and_differentiate) / len(stream.input_ids)
             return per_token, float(free_bytes(device) - moments)
         except torch.OutOfMemoryError:
             return math.inf, 0.0
@@ -156,10 +152,6 @@ def _auto_budget(
         device_type=device.type,
         agree=lambda tokens: smallest_over_ranks(accelerator, tokens),
     )
-    tokens, tried = fit.tokens, ""
-    if device.type == "cpu" and fit.tokens >= longest:
-        tokens, tried = _fastest(fit.tokens, pairs, score_and_differentiate)
-        tokens = smallest_over_ranks(accelerator, tokens)
     models.policy.model.zero_grad()
     if fit.tokens < longest:
         raise UserError(
@@ -168,39 +160,10 @@ def _auto_budget(
             "model.quantization nf4, a smaller model or a device with more memory."
         )
     reason = (
-        f"{tokens} tokens a micro-batch, {fit.saving}: a token takes "
-        f"{fit.bytes_per_token / 1024:.4g} KiB, {fit.free_bytes / 2**30:.3g} GiB are free{tried}"
+        f"{fit.tokens} tokens a micro-batch, {fit.saving}: a token takes "
+        f"{fit.bytes_per_token / 1024:.4g} KiB, {fit.free_bytes / 2**30:.3g} GiB are free"
     )
-    return Budget(tokens, fit.saving, reason, full=tokens)
-
-
-def _fastest(
-    most: int,
-    pairs: Sequence[TokenizedPair],
-    work: Callable[[Sequence[TokenizedPair]], object],
-    clock: Callable[[], float] = time.perf_counter,
-) -> tuple[int, str]:
-    """The tokens of a micro-batch, up to `most`, that take the pairs through soonest; and in words.
-
-    The same pairs are cut in each way, and each way is timed once.
-    """
-    sizes = [pair.num_stream_tokens for pair in pairs]
-    ways = {}  # small pairs are cut alike by several numbers: the first is taken
-    for tokens in (most, *(n for n in CPU_TOKENS if n < most)):
-        ways.setdefault(str(cut := micro_batches(sizes, tokens)), (tokens, cut))
-    if len(ways) == 1:
-        return most, ""
-    seconds = {}
-    for tokens, cut in ways.values():
-        began = clock()
-        for chosen in cut:
-            work([pairs[i] for i in chosen])
-        seconds[tokens] = clock() - began
-    best = most
-    for tokens in seconds:
-        best = tokens if seconds[tokens] < FASTER * seconds[best] else best
-    each = ", ".join(f"{n} took {taken:.2g} s" for n, taken in seconds.items())
-    return best, f"; tried on the same pairs: {each}"
+    return Budget(fit.tokens, fit.saving, reason, full=fit.tokens)
 
 
 def load_policy_to_fit(

@@ -20,6 +20,7 @@ from tests.models import QUICKSTART_MODEL
 QUIET = ["--train.report_to", "none", "--train.eval_prompts", "0", "--data.max_length", "160"]
 QUIET += ["--data.max_prompt_length", "128", "--train.write_report", "false"]
 QUIET += ["--reference.cache", "off"]  # one test must not find what another has computed
+QUIET += ["--train.tokens_per_microbatch", "8192"]  # all in one, and without a probe
 
 
 def rows_file(folder, count, name="rows.jsonl"):
