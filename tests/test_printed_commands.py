@@ -31,6 +31,11 @@ ELSEWHERE = {
     "dpo merge runs/neuralhermes --push_to_hub": "tests/scripts/test_merge.py has a hub",
     "bash benchmarks/gpu/run.sh": "it needs a GPU; tests/test_benchmarks.py tries it on a CPU",
 }
+# These pages go on from a run of the README.
+EARLIER = {
+    "after_training.md": "dpo train --model.quantization nf4 --train.output_dir runs/article",
+    "quickstart.md": "dpo train",
+}
 SHORT = {
     "DPO_TRAIN__MAX_STEPS": "2",
     "DPO_TRAIN__EVAL_STEPS": "0",
@@ -110,12 +115,9 @@ def typed(command, where, **variables):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [*filter(runnable, PAGES)], ids=lambda page: page.name)
 def test_a_pages_commands_run_as_printed_and_print_what_it_shows(page, home):
-    if page.name in ("after_training.md", "quickstart.md"):  # they go on from the README's
-        for name in ("article", "quickstart"):
-            flags = "--model.quantization nf4" if name == "article" else ""
-            printed = typed(f"dpo train {flags} --train.output_dir runs/{name}", home, **SHORT)
-    else:
-        printed = ""
+    printed = ""
+    if page.name in EARLIER:
+        printed = typed(EARLIER[page.name], home, **SHORT)
     for command in runnable(page):
         first = re.sub(r"for (\w+) in (\S+) .*; do", r"for \1 in \2; do", command)  # of a sweep
         printed += typed(first, home, **SHORT)
