@@ -446,7 +446,7 @@ def test_the_time_of_a_run_is_its_flops_over_the_rate(folder, monkeypatch):
 
 
 def test_times_have_the_unit_that_suits_them():
-    times = (3.21, 60, 840, 7200, 36000, 172799, 864000)
+    times = (3.21, 60.0, 840.0, 7200.0, 36000.0, 172799.0, 864000.0)
     words = ["3.2 s", "60 s", "14 min", "2.0 h", "10.0 h", "48.0 h", "10 days"]
     assert [duration(seconds) for seconds in times] == words
 

@@ -1,7 +1,6 @@
 """What PyTorch is told before CUDA starts, the device, and what the header says of both."""
 
 import os
-from types import SimpleNamespace
 
 import bitsandbytes.optim.optimizer
 import pytest
@@ -150,7 +149,8 @@ def test_the_header_says_that_an_old_card_emulates_bfloat16(
     made = started(config(tmp_path, "--model.dtype", dtype))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    card = SimpleNamespace(num_processes=1, device=torch.device("cuda"))
+    card = made.accelerator
+    monkeypatch.setattr(type(card), "device", torch.device("cuda"))
     budget = made.train_step.budget
     said = header(
         made.config,
