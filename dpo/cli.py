@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jsonargparse
 import yaml
@@ -38,6 +38,7 @@ _KNOWN_WARNINGS = (
     "`broadcast_buffers` is deprecated",  # its successor is not in the oldest supported accelerate
 )
 
+T = TypeVar("T")
 Parser = Any  # jsonargparse.ArgumentParser, whose methods are not typed
 # The sentence below a field of a dataclass is the help of its flag.
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -83,6 +84,12 @@ def read_flags(parser: Parser, argv: Sequence[str]) -> Any:
         raise UserError(_explain(str(error), parser)) from None
 
 
+def instance(kind: Callable[..., T], given: Any) -> T:
+    """A dataclass from the values that a namespace has for its fields."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: given[name] for name in names})
+
+
 def parse(argv: Sequence[str] | None = None) -> Config:
     """The checked configuration from the flags of `dpo train`; see `read_config`."""
     return read_config(_train_parser(), sys.argv[1:] if argv is None else argv)[0]
@@ -119,8 +126,7 @@ def read_config(
         if instead:
             namespace = read_flags(parser, [*files, *instead, *flags])
     _check_shape(namespace)
-    sections = parser.instantiate(namespace)
-    config = Config(**{section.name: sections[section.name] for section in fields(Config)})
+    config = instance(Config, parser.instantiate(namespace))
     if "--loss.beta" in instead:
         config.note = (
             "loss.* and optim.* start from the article's values (beta 0.1, learning rate 5e-05): "

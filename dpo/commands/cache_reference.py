@@ -8,24 +8,21 @@ accelerate launch --num_processes 8 scripts/cache_reference.py --config FILE
 import os
 from collections.abc import Sequence
 
-from dpo.cli import Parser, config_parser, read_config
-from dpo.commands.processes import add_num_processes, launch
+from dpo.cli import Parser
+from dpo.commands.processes import config_of_this_process, parser_with_processes
 
 STOPPED = "stopped; what was computed is kept, and the same command goes on from there"
 
 
 def parser(prog: str) -> Parser:
-    """All keys of the configuration."""
-    new = config_parser(prog, __doc__)
-    add_num_processes(new)
-    return new
+    """All keys of the configuration, and `--num_processes`."""
+    return parser_with_processes(prog, __doc__)
 
 
 def main(parser: Parser, argv: Sequence[str]) -> None:
     """Prints how many pairs were computed, how many were cached already, and where."""
-    config, own = read_config(parser, argv)
-    if own.num_processes not in (None, 1):
-        launch("cache-reference", argv, own.num_processes, config)
+    config = config_of_this_process(parser, "cache-reference", argv)
+    if config is None:
         return
     from dpo.train.ahead import cache_reference
 

@@ -9,11 +9,10 @@ dpo evaluate RUN --lm_eval my_task --include_path FOLDER_OF_ITS_YAML
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from dpo.after.options import EvaluateOptions
-from dpo.cli import Parser, new_parser, read_flags
+from dpo.cli import Parser, instance, new_parser, read_flags
 
 
 def parser(prog: str) -> Parser:
@@ -27,7 +26,7 @@ def parser(prog: str) -> Parser:
 def main(parser: Parser, argv: Sequence[str]) -> None:
     """Prints tables; writes every number to JSON files."""
     given = read_flags(parser, argv)
-    options = EvaluateOptions(**{key.name: given[key.name] for key in fields(EvaluateOptions)})
+    options = instance(EvaluateOptions, given)
     from dpo.after.evaluate import evaluate_run
 
     for text in evaluate_run(given.run, options):

@@ -11,10 +11,9 @@ weights, the prompt, the seed and the sampling options, not on the other prompts
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
-from dpo.cli import Parser, new_parser, read_flags
+from dpo.cli import Parser, instance, new_parser, read_flags
 from dpo.evaluate.sampling import Sampling
 
 
@@ -48,7 +47,7 @@ def parser(prog: str) -> Parser:
 def main(parser: Parser, argv: Sequence[str]) -> None:
     """Prints the answers, or writes them, or holds a conversation."""
     options = read_flags(parser, _words_first(parser, argv))
-    sampling = Sampling(**{field.name: options[field.name] for field in fields(Sampling)})
+    sampling = instance(Sampling, options)
     from dpo.after.generate import (
         Speakers,
         answers,

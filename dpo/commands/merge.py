@@ -23,7 +23,7 @@ def parser(prog: str) -> Parser:
     add("--weights", default=run_folder.FINAL, help="final, best or checkpoint-N")
     dtypes = ("auto", "bfloat16", "float16", "float32")
     add("--dtype", choices=dtypes, default="auto", help="auto: the run's")
-    add("--pairs", type=int, default=64, help="how many pairs are scored")
+    add("--pairs", type=int, default=run_folder.NUM_PAIRS, help="how many pairs are scored")
     add("--max_shard_size", default="5GB", help="largest size of a file")
     add("--unverified", action="store_true", help="keep a merge that is not the trained policy")
     add("--push_to_hub", metavar="NAMESPACE/NAME", help="token: HF_TOKEN or login")

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dpo.cli import Parser
+from dpo.cli import Parser, config_parser, read_config
 from dpo.config import Config
 from dpo.errors import UserError
 
@@ -16,8 +16,23 @@ _LAUNCHER = (
 ).split()
 
 
-def add_num_processes(parser: Parser) -> None:
-    """Adds `--num_processes`."""
+def parser_with_processes(prog: str, description: str | None) -> Parser:
+    """All keys of the configuration, and `--num_processes`."""
+    new = config_parser(prog, description)
+    _add_num_processes(new)
+    return new
+
+
+def config_of_this_process(parser: Parser, command: str, argv: Sequence[str]) -> Config | None:
+    """The configuration to work with here; None if several processes have done the work."""
+    config, own = read_config(parser, argv)
+    if own.num_processes in (None, 1):
+        return config
+    launch(command, argv, own.num_processes, config)
+    return None
+
+
+def _add_num_processes(parser: Parser) -> None:
     parser.add_argument(
         "--num_processes", type=int, help="processes on this machine, started by accelerate"
     )
@@ -37,7 +52,7 @@ def launch(command: str, argv: Sequence[str], num_processes: int, config: Config
             f"of {os.environ['WORLD_SIZE']}. Leave it out, or start dpo without a launcher."
         )
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_num_processes(own)
+    _add_num_processes(own)
     _, flags = own.parse_known_args(argv)
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser

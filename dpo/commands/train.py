@@ -8,24 +8,21 @@ DPO_LOSS__BETA=0.3 dpo train --num_processes 2               # or a variable; tw
 
 from collections.abc import Sequence
 
-from dpo.cli import Parser, config_parser, read_config
-from dpo.commands.processes import add_num_processes, launch
+from dpo.cli import Parser
+from dpo.commands.processes import config_of_this_process, parser_with_processes
 
 STOPPED = "stopped; with train.resume auto, the same command goes on from the last checkpoint"
 
 
 def parser(prog: str) -> Parser:
-    """All keys of the configuration."""
-    new = config_parser(prog, __doc__)
-    add_num_processes(new)
-    return new
+    """All keys of the configuration, and `--num_processes`."""
+    return parser_with_processes(prog, __doc__)
 
 
 def main(parser: Parser, argv: Sequence[str]) -> None:
     """Trains, in this process or in several."""
-    config, own = read_config(parser, argv)
-    if own.num_processes not in (None, 1):
-        launch("train", argv, own.num_processes, config)
+    config = config_of_this_process(parser, "train", argv)
+    if config is None:
         return
     from dpo.train.trainer import train
 
