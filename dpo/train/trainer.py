@@ -96,12 +96,7 @@ class Run:
             check_end = partial(checkpoints.check_end, config, resume_from, order)
             planned = on_main(accelerator, check_end)
 
-        time = ""
-        if device.type == "cpu":
-            ranks = accelerator.num_processes
-            time = on_main(accelerator, lambda: time_on_this_cpu(config, data.train, order, ranks))
-            if time and accelerator.is_main_process:  # now, since loading takes long as well
-                print(time, file=sys.stderr)
+        time = self._tell_time()
         probe = probe_pairs(data.train, order)
         policy = load_policy_to_fit(config, accelerator, probe)
         all_pairs = chain(data.train.select(order.seen()), data.held_out)
@@ -146,13 +141,7 @@ class Run:
         if accelerator.is_main_process:
             checkpoints.prepare_run_folder(self.folder, resume_from)
             self.tracker.rewind(self.start_step)
-            save(config, self.folder / run_folder.CONFIG)
-            report = json.dumps(data.report, indent=1)
-            (self.folder / run_folder.DATA_REPORT).write_text(report)
-            (self.folder / run_folder.HEADER).write_text(about + "\n")
-            some, kind = data.some_pairs(run_folder.NUM_PAIRS)
-            kept = ({"kind": kind, **asdict(pair)} for pair in some)
-            run_folder.write_lines(self.folder / run_folder.PAIRS, kept)
+            self._write_start(about)
         self.tracker.say(about)
         self.tracker.start(config, self.start_step, order.num_steps)
 
@@ -172,6 +161,26 @@ class Run:
             self.tracker.say,
         )
         self.evaluator = Evaluator(config, accelerator, models, self.tokenizer, data.held_out)
+
+    def _tell_time(self) -> str:
+        """Says how long a long run on a CPU takes; now, since loading takes long as well."""
+        if self.accelerator.device.type != "cpu":
+            return ""
+        config, pairs, ranks = self.config, self.data.train, self.accelerator.num_processes
+        time = on_main(self.accelerator, lambda: time_on_this_cpu(config, pairs, self.order, ranks))
+        if time and self.accelerator.is_main_process:
+            print(time, file=sys.stderr)
+        return time
+
+    def _write_start(self, about: str) -> None:
+        """Writes what is known of the run before its first step; `about`: the header."""
+        save(self.config, self.folder / run_folder.CONFIG)
+        report = json.dumps(self.data.report, indent=1)
+        (self.folder / run_folder.DATA_REPORT).write_text(report)
+        (self.folder / run_folder.HEADER).write_text(about + "\n")
+        some, kind = self.data.some_pairs(run_folder.NUM_PAIRS)
+        kept = ({"kind": kind, **asdict(pair)} for pair in some)
+        run_folder.write_lines(self.folder / run_folder.PAIRS, kept)
 
     def check_start(self) -> None:
         """Refuses to train on numbers that cannot be trusted, see `dpo.train.selfcheck`."""
