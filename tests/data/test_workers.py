@@ -138,7 +138,8 @@ datasets.config.HF_DATASETS_CACHE = pathlib.Path(sys.argv[2])
 tokens.BATCH_ROWS, tokens._num_workers = 3, lambda num_rows: 2
 tokens.to_preference = lambda *args, **kwargs: time.sleep(60)
 start = workers._start
-workers._start = lambda work: (print(os.getpid(), flush=True), start(work))
+# One write a line: two workers that `print` to one pipe may mix their lines.
+workers._start = lambda work: (os.write(1, f"{os.getpid()}\n".encode()), start(work))
 load_data(config(sys.argv[1]), build(BASE))
 """
 
@@ -147,21 +148,24 @@ load_data(config(sys.argv[1]), build(BASE))
 def test_an_interrupted_or_killed_process_leaves_no_worker(write, cache, number):
     """Ctrl-C reaches the whole group of processes; a kill only the first of them."""
     path = write(rows(30))
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, path, str(cache.parent)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    pids = [int(process.stdout.readline()) for _ in range(2)]
-    assert all(map(runs, pids))
-    time.sleep(0.2)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)
-    else:
-        process.kill()
-    _, said = process.communicate(timeout=20)
+    ) as process:
+        try:
+            pids = [int(process.stdout.readline()) for _ in range(2)]
+            assert all(map(runs, pids))
+            time.sleep(0.2)
+            if number == signal.SIGINT:
+                os.killpg(process.pid, number)
+            else:
+                process.kill()
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
     deadline = time.monotonic() + 10
     while any(map(runs, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
