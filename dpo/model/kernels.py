@@ -6,7 +6,8 @@ outputs and masks, the outputs of element-wise operations. Here a layer keeps wh
 need and computes the rest again:
 
     norm      x                     and one number per token
-    LoRA      x                     and the r numbers of x A^T; dropout's mask is drawn again
+    LoRA      x, or, where x is a norm, nothing but the r numbers of x A^T: the norm is computed
+              again, once for all products that read it; dropout's mask is drawn again
     MLP       gate(x) and up(x)     their product act(gate) * up is computed again
 
 Of LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3), h = W0 x + (alpha / r) B A x, the update is
@@ -18,6 +19,7 @@ their gradients are summed in fp32. W0 may be 4-bit: it is dequantised for each 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,31 +35,80 @@ def rms_norm(
     """Root mean square norm (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4), computed in fp32.
 
     Keeps x and one number per token. As in Llama, the result is rounded to x's type before it is
-    multiplied with the weight.
+    multiplied with the weight. `Product` keeps x in its place, and forms the result again.
     """
     if x.is_cuda:  # one kernel, which keeps no more
-        return weight * F.rms_norm(x, x.shape[-1:], eps=eps)
-    return weight * _RmsNorm.apply(x, eps)
+        form, kept = partial(_normed_on_gpu, eps), (x, weight)
+        normed = form(*kept)
+    else:
+        normed, inverse = _RmsNorm.apply(x, weight, eps)
+        form, kept = _normed, (x, weight, inverse)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        source = FormedFrom(kept, FormedAgain(form), normed._version)
+        normed.formed_from = source  # type: ignore[attr-defined]
+    return normed
+
+
+def _normed_on_gpu(eps: float, x: Tensor, weight: Tensor) -> Tensor:
+    return weight * F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def _normed(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    normed = x.to(inverse.dtype) * inverse
+    # When torch 2.11 compiles it, `.to` of the same type lets no gradient through.
+    return weight * (normed if normed.dtype == x.dtype else normed.to(x.dtype))
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         wide = x.float() if x.dtype.itemsize < 4 else x
         inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, inverse)
-        normed = wide * inverse
-        # When torch 2.11 compiles it, `.to` of the same type lets no gradient through.
-        return normed if normed.dtype == x.dtype else normed.to(x.dtype)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.mark_non_differentiable(inverse)
+        return _normed(x, weight, inverse), inverse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        """With n = x / rms: dx = (g - n mean(g n)) / rms."""
-        x, inverse = ctx.saved_tensors
-        normed = x.to(inverse.dtype).mul(inverse)
-        grad_x = grad.to(inverse.dtype) - normed.mul_((grad * normed).mean(-1, keepdim=True))
-        return grad_x.mul_(inverse).to(x.dtype), None
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """With r = 1 / rms and g = grad w: dx = r g - r^3 mean(g x) x, and dw = sum(grad r x)."""
+        x, weight, inverse = ctx.saved_tensors
+        wide, grad = x.to(inverse.dtype), grad.to(inverse.dtype)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        grad_x = grad_weight = None
+        if needs_weight:
+            grad_weight = _rows(grad * wide * inverse).sum(0).to(weight.dtype)
+        if needs_x:
+            grad_x = grad * weight
+            share = (grad_x * wide).mean(-1, keepdim=True) * inverse.pow(3)
+            grad_x = grad_x.mul_(inverse).addcmul_(wide, share, value=-1).to(x.dtype)
+        return grad_x, grad_weight, None
+
+
+class FormedAgain:
+    """Forms a tensor again in the backward, once for all of its readers, which do not keep it."""
+
+    def __init__(self, form: Callable[..., Tensor]):
+        self.form = form
+        self.readers = self._left = 0
+        self._formed: Tensor | None = None
+
+    def __call__(self, *kept: Tensor) -> Tensor:
+        """The tensor, for one reader; the last one lets go of it."""
+        if self._formed is None:
+            self._formed, self._left = self.form(*kept), self.readers
+        formed, self._left = self._formed, self._left - 1
+        if not self._left:
+            self._formed = None
+        return formed
+
+
+class FormedFrom(NamedTuple):
+    """An attribute of a tensor: what its readers keep instead, as long as nobody has changed it."""
+
+    kept: tuple[Tensor, ...]
+    again: FormedAgain
+    version: int
 
 
 class Call(NamedTuple):
@@ -95,7 +146,10 @@ class Product(torch.autograd.Function):
         lora_b: Tensor | None,
         call: Call,
     ) -> Tensor:
-        """Keeps x, gate and the r numbers of x A^T; of dropout, only the generator's state."""
+        """Keeps x, or what it is formed from, gate and the r numbers of x A^T.
+
+        Of dropout it keeps only the generator's state.
+        """
         h = x if gate is None or call.gated is None else call.gated(gate, x)
         out = call.base(h)
         a: Tensor | None = None
@@ -110,14 +164,16 @@ class Product(torch.autograd.Function):
             low = torch.mm(rows, a.T)
             out.view(-1, out.shape[-1]).addmm_(low, b.T, alpha=call.scale)
         ctx.call = call
-        ctx.save_for_backward(x, gate, weight, a, b, low)
+        kept, ctx.again = _instead_of(x)
+        ctx.save_for_backward(gate, weight, a, b, low, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Computes again what was not kept, and from it the gradients that are wanted."""
-        x, gate, weight, a, b, low = ctx.saved_tensors
+        gate, weight, a, b, low, *kept_of_x = ctx.saved_tensors
+        x = ctx.again(*kept_of_x) if ctx.again else kept_of_x[0]
         call: Call = ctx.call
         wants = _PerInput(*ctx.needs_input_grad)
         with torch.enable_grad():  # autograd for the element-wise part only
@@ -155,6 +211,15 @@ class Product(torch.autograd.Function):
             else:
                 grads["gate"], grads["x"] = torch.autograd.grad(formed, inputs, grad_h)
         return _PerInput(**grads)
+
+
+def _instead_of(x: Tensor) -> tuple[tuple[Tensor, ...], FormedAgain | None]:
+    """What a reader of x keeps: x, or what it is formed from and who forms it."""
+    source: FormedFrom | None = getattr(x, "formed_from", None)
+    if source is None or source.version != x._version:
+        return (x,), None
+    source.again.readers += 1
+    return source.kept, source.again
 
 
 def cast_once(parameter: Tensor, dtype: torch.dtype) -> Tensor:

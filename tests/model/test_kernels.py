@@ -1,12 +1,16 @@
 """Norm and product have the gradients of their values; weights are cast once a step."""
 
+import weakref
+
 import bitsandbytes.optim
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dpo.config import OptimConfig
+from dpo.model import kernels
 from dpo.model.kernels import Call, Product, cast_once, rms_norm
 from dpo.train.optim import build_optimizer
 
@@ -37,6 +41,68 @@ def test_a_lean_product_has_the_gradient_of_its_values(with_adapter, is_gated, h
         return Product.apply(x, gate, weight, bias, a, b, call)
 
     assert torch.autograd.gradcheck(product, (random(1, 5, 6), gate, base.weight, base.bias, a, b))
+
+
+def three_products(change=lambda h: h):
+    """Three products of one norm, its input and weight, and what the norm was formed by."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    layers = [nn.Linear(6, 4).double() for _ in range(3)]
+    adapters = [(torch.randn(2, 6).double(), torch.randn(4, 2).double()) for _ in layers]
+
+    def total(x, w, *, keeps_its_input=False):
+        h = change(rms_norm(x, w, 1e-5))
+        if keeps_its_input:
+            h = h + 0
+        outs = (
+            Product.apply(h, None, layer.weight, layer.bias, *adapter, Call(layer, None, 0.7))
+            for layer, adapter in zip(layers, adapters, strict=True)
+        )
+        return sum(out.sin().sum() for out in outs)
+
+    return x, w, layers, total
+
+
+def test_a_norm_is_formed_again_once_for_all_products_that_read_it(monkeypatch):
+    formed, form = [], kernels._normed
+    monkeypatch.setattr(kernels, "_normed", lambda *kept: formed.append(1) or form(*kept))
+    x, w, layers, total = three_products()
+    inputs = [x, w, *(p for layer in layers for p in layer.parameters())]
+    expected = torch.autograd.grad(total(x, w, keeps_its_input=True), inputs)
+    assert len(formed) == 1  # in the forward
+    result = total(x, w)
+    for _ in range(2):  # and in a second backward over one graph
+        del formed[:]
+        for got, wanted in zip(
+            torch.autograd.grad(result, inputs, retain_graph=True), expected, strict=True
+        ):
+            assert torch.equal(got, wanted)
+        assert len(formed) == 1
+    assert torch.autograd.gradcheck(total, (x, w))
+
+
+def test_a_norm_that_somebody_has_changed_is_kept_as_it_is():
+    x, w, layers, total = three_products(change=lambda h: h.mul_(2))
+    inputs = [x, w, *(layer.weight for layer in layers)]
+    expected = torch.autograd.grad(total(x, w, keeps_its_input=True), inputs)
+    assert all(map(torch.equal, torch.autograd.grad(total(x, w), inputs), expected))
+
+
+def test_under_checkpointing_no_input_of_a_norm_outlives_the_forward():
+    """Else each layer kept what checkpointing is there to let go."""
+    x, w, _, total = three_products()
+    alive = []
+
+    def layer(x, w):
+        inner = x * 1
+        alive.append(weakref.ref(inner))
+        return total(inner, w)
+
+    result = checkpoint(layer, x, w, use_reentrant=False)
+    assert alive[0]() is None
+    expected = torch.autograd.grad(layer(x, w), (x, w))
+    assert all(map(torch.equal, torch.autograd.grad(result, (x, w)), expected))
 
 
 def test_dropouts_gradient_is_not_scaled_by_a_rounded_rate():
