@@ -208,6 +208,7 @@ def _instead_of_the_quickstarts(namespace: Any) -> list[str]:
         # Its number is for its short rows.
         flags += ["--train.tokens_per_microbatch", "auto"]
     if namespace["model.name_or_path"] != own["model"]["name_or_path"]:
+        flags += ["--model.dtype", "auto"]
         # Its learning rate and beta are for its tiny model; the defaults are the article's.
         for section in ("loss", "optim"):
             for key in own[section]:

@@ -24,6 +24,9 @@ def _located(name: str) -> str:
     return name
 
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """The policy, as it is before training."""
@@ -32,8 +35,8 @@ class ModelConfig:
     """Hub id or folder of the model; a PEFT folder starts from its adapter."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
-    """Type of the weights and of the computation; auto keeps the checkpoint's."""
+    dtype: Dtype = "bfloat16"
+    """Type of weights and computation; auto: the checkpoint's, or float32 on a CPU faster at it."""
     quantization: Literal["none", "nf4", "fp4", "int8"] = "fp4"
     """How bitsandbytes stores the frozen base; fp4 is what load_in_4bit alone means."""
     dequantize_base: bool | Literal["auto"] = "auto"

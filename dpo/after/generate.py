@@ -29,6 +29,7 @@ from dpo.errors import UserError
 from dpo.evaluate.samples import generate
 from dpo.evaluate.sampling import Sampling
 from dpo.model.load import load_base, load_tokenizer
+from dpo.plan.fit import choose_dtype
 
 
 def check_request(
@@ -87,9 +88,11 @@ class Speakers:
             settings = ModelConfig(
                 name_or_path=str(path), dtype="auto", quantization="none", adapter="none"
             )
+            device = choose_device()
+            settings.dtype, _ = choose_dtype(settings, device)
             self.weights, config = path, Config(model=settings)
             self._tokenizer = load_tokenizer(settings)
-            model = load_base(settings, choose_device()).eval()
+            model = load_base(settings, device).eval()
             self._models = {"policy": lambda: nullcontext(model)}
         self.sides = tuple(self._models) if side in (None, "both") else (side,)
         self._template = choose_template(self._tokenizer, config.data.chat_template)

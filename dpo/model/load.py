@@ -171,11 +171,11 @@ def load_base(model: ModelConfig, device: torch.device | str) -> PreTrainedModel
     """A whole model, quantised as configured, in train mode; every weight must be in the files."""
     options: dict[str, Any] = {"dtype": "auto" if model.dtype == "auto" else model.dtype}
     if model.quantization in ("nf4", "fp4"):
-        compute = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
+        own = load_shape(model).dtype if model.dtype == "auto" else getattr(torch, model.dtype)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=model.quantization,
-            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_compute_dtype=own or torch.float32,
         )
     elif model.quantization == "int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)

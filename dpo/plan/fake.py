@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dpo.config import Config
+from dpo.config import Config, ModelConfig
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
 from dpo.model.load import Policy, build_policy, load_shape, without_peft
@@ -123,23 +123,30 @@ def without_numbers(config: Config) -> Policy:
     Raises:
         UserError: there is no such model, or it is no causal language model.
     """
-    shape = load_shape(config.model)
-    dtype = shape.dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-    try:
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(
-                shape,
-                dtype=dtype or torch.float32,
-                trust_remote_code=config.model.trust_remote_code,
-            )
-    except ValueError as error:
-        raise UserError(
-            f"model.name_or_path: got {config.model.name_or_path}, whose config.json describes no "
-            f"causal language model ({str(error).splitlines()[0]}). Name one."
-        ) from None
+    base = meta_model(config.model)
     with warnings.catch_warnings():  # an adapter's numbers are read and then dropped
         warnings.filterwarnings("ignore", message=".*to a meta parameter")
         return build_policy(base.train(), config)
+
+
+def meta_model(model: ModelConfig) -> PreTrainedModel:
+    """The base's shapes alone, on the meta device.
+
+    Raises:
+        UserError: there is no such model, or it is no causal language model.
+    """
+    shape = load_shape(model)
+    dtype = shape.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                shape, dtype=dtype or torch.float32, trust_remote_code=model.trust_remote_code
+            )
+    except ValueError as error:
+        raise UserError(
+            f"model.name_or_path: got {model.name_or_path}, whose config.json describes no "
+            f"causal language model ({str(error).splitlines()[0]}). Name one."
+        ) from None
 
 
 def _to_fake(model: nn.Module) -> None:

@@ -15,18 +15,22 @@ from typing import NamedTuple
 
 import torch
 
-from dpo.config import Config
+from dpo.config import Config, Dtype, ModelConfig
 from dpo.data.stream import TokenizedPair
 from dpo.logps import TILE_BYTES
-from dpo.model.load import checkpoint_layers
+from dpo.model.load import checkpoint_layers, load_shape
 from dpo.model.scorer import Scorer
-from dpo.plan.fake import FakePolicy
+from dpo.plan.fake import FakePolicy, meta_model
+from dpo.plan.gpus import product_tflops
+from dpo.plan.memory import free_bytes
 
 MOST_TOKENS = {  # in a micro-batch, unless a pair is longer
     "cuda": 16384,  # more make no product faster, and a step has few more
     "cpu": 2048,  # more do not fit its caches (benchmarks/results/ablation.md)
 }
 SHARE = 0.9  # of the free memory
+FP32_SHARE = 0.5  # of it may go to weights in float32 where 16 bits would do
+MUCH_FASTER = 1.5  # times: where it matters, it is 3 to 20 times, so that noise decides nothing
 PROBE_PAIRS = 4
 # In a micro-batch of this size, dequantising 4-bit weights is a small part of the work.
 ENOUGH_TOKENS = 8192
@@ -138,6 +142,32 @@ def plan_fit(
         return Fit(configured, *measure(saving), saving)
     longest = max(pair.num_stream_tokens for pair in pairs)
     return fit_tokens(measure, longest=longest, has_checkpointing=is_on, device_type=device_type)
+
+
+def choose_dtype(model: ModelConfig, device: torch.device) -> tuple[Dtype, str]:
+    """The type that `model.dtype` means here, and why, in words ("" if nothing was to choose).
+
+    For auto that is the checkpoint's. But many CPUs have no instructions for products in half
+    precision: there it is float32, if the weights leave enough memory.
+    """
+    if model.dtype != "auto":
+        return model.dtype, ""
+    shape = load_shape(model)
+    own: Dtype = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(shape.dtype, "float32")  # type: ignore[assignment]
+    if device.type != "cpu" or own == "float32":
+        return own, ""
+    width = shape.get_text_config().hidden_size
+    times = product_tflops(width, torch.float32) / product_tflops(width, getattr(torch, own))
+    if times < MUCH_FASTER:
+        return own, ""
+    rate = f"this CPU multiplies float32 {times:.2g} times as fast as {own}"
+    # Of a quantised model, most weights do not get longer.
+    weights = meta_model(model).parameters() if model.quantization == "none" else ()
+    size, free = 4 * sum(map(torch.numel, weights)), free_bytes(device)
+    if size > FP32_SHARE * free:
+        lack = f"but its weights would take {size / 2**30:.3g} of {free / 2**30:.3g} GiB"
+        return own, f"model.dtype auto: {own}: {rate}, {lack}"
+    return "float32", f"model.dtype auto: float32: {rate}"
 
 
 def choose_base(

@@ -22,7 +22,7 @@ from dpo.device import choose_device
 from dpo.errors import UserError
 from dpo.model.load import load_tokenizer, without_peft
 from dpo.plan.fake import FakePolicy, without_numbers
-from dpo.plan.fit import Fit, copy_bytes, optimizer_bytes
+from dpo.plan.fit import Fit, choose_dtype, copy_bytes, optimizer_bytes
 from dpo.plan.flops import Work, costs, work
 from dpo.plan.gpus import GPUS, Gpu, find_gpu, nearest_gpus, this_cpu
 
@@ -73,6 +73,7 @@ def choose_gpu(
         device = choose_device(config.train.device)
         name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     if name.lower() == "cpu":
+        config.model.dtype, _ = choose_dtype(config.model, torch.device("cpu"))
         gpu = this_cpu(without_peft(without_numbers(config).model))
     else:
         gpu = find_gpu(name)

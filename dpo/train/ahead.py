@@ -18,7 +18,7 @@ from dpo.model.load import load_tokenizer
 from dpo.model.models import build_models
 from dpo.model.reference import Reference
 from dpo.ranks import main_first, sum_over_ranks
-from dpo.train.budget import load_policy_to_fit, probe_pairs
+from dpo.train.budget import load_policy_to_fit, probe_pairs, settle_dtype
 from dpo.train.launch import build_accelerator
 
 PAIRS_AT_ONCE = 256  # cut into micro-batches together
@@ -45,6 +45,7 @@ def cache_reference(config: Config) -> str:
     data = main_first(accelerator, lambda: load_data(config, tokenizer))
     rank, ranks = accelerator.process_index, accelerator.num_processes
     order = Order.of(config.train, len(data.train), ranks)
+    settle_dtype(config, accelerator)
     policy = load_policy_to_fit(config, accelerator, probe_pairs(data.train, order))
     policy.model.eval()
     reference = build_models(policy, config, accelerator, will_train=False).reference

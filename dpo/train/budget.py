@@ -8,12 +8,16 @@ nevertheless, and grows again later.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from dpo import run_folder
+from dpo.cli import load
 from dpo.config import Config
 from dpo.data.order import Order
 from dpo.data.stream import TokenizedPair, build_stream
@@ -22,9 +26,9 @@ from dpo.logps import pair_logps
 from dpo.model.load import Policy, load_policy
 from dpo.model.models import Models
 from dpo.model.reference import Frozen
-from dpo.plan.fit import Saving, choose_base, fit_tokens, optimizer_bytes
+from dpo.plan.fit import Saving, choose_base, choose_dtype, fit_tokens, optimizer_bytes
 from dpo.plan.memory import free_bytes, peak_bytes
-from dpo.ranks import smallest_over_ranks
+from dpo.ranks import on_main, smallest_over_ranks
 
 PROBE_TOKENS = 2048  # so many that the bytes which do not depend on tokens count for little
 STEPS_TO_RECOVER = 50  # a failed attempt costs a micro-batch or two
@@ -164,6 +168,21 @@ def _auto_budget(
         f"{fit.bytes_per_token / 1024:.4g} KiB, {fit.free_bytes / 2**30:.3g} GiB are free"
     )
     return Budget(fit.tokens, fit.saving, reason, full=fit.tokens)
+
+
+def settle_dtype(
+    config: Config, accelerator: Accelerator, resume_from: Path | None = None
+) -> list[str]:
+    """Replaces `model.dtype` auto by the type that it means here; every rank must call.
+
+    A resumed run keeps the type that it had. Returns why it is that type, in words.
+    """
+    if config.model.dtype == "auto" and resume_from:
+        config.model.dtype = load(resume_from / run_folder.CONFIG).model.dtype
+    choose = partial(choose_dtype, config.model, accelerator.device)
+    config.model.dtype, reason = on_main(accelerator, choose)
+    config.check()
+    return [reason] if reason else []
 
 
 def load_policy_to_fit(

@@ -300,7 +300,10 @@ def _check_same_config(config: Config, checkpoint: Path) -> None:
 
 
 def _changed(config: Config, file: Path) -> dict[str, str]:
-    """The keys that have another value than in a saved configuration, and both values in words."""
+    """The keys that have another value than in a saved configuration, and both values in words.
+
+    A `model.dtype` of auto means the saved one.
+    """
     saved = read_whole(file, {}, yaml.safe_load)
     old, new = (
         {
@@ -313,7 +316,7 @@ def _changed(config: Config, file: Path) -> dict[str, str]:
     return {
         key: f"{key} (was {old.get(key)!r}, is {value!r})"
         for key, value in new.items()
-        if _moved(old.get(key)) != value
+        if _moved(old.get(key)) != value and (key, value) != ("model.dtype", "auto")
     }
 
 

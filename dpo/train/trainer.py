@@ -35,7 +35,7 @@ from dpo.plan.plan import time_on_this_cpu
 from dpo.ranks import main_first, on_main, smallest_over_ranks, sum_over_ranks
 from dpo.report.page import write_report
 from dpo.train import checkpoint as checkpoints
-from dpo.train.budget import load_policy_to_fit, probe_pairs, token_budget
+from dpo.train.budget import load_policy_to_fit, probe_pairs, settle_dtype, token_budget
 from dpo.train.header import header
 from dpo.train.launch import build_accelerator
 from dpo.train.optim import build_optimizer
@@ -96,9 +96,11 @@ class Run:
             check_end = partial(checkpoints.check_end, config, resume_from, order)
             planned = on_main(accelerator, check_end)
 
+        about_dtype = settle_dtype(config, accelerator, resume_from)
         time = self._tell_time()
         probe = probe_pairs(data.train, order)
         policy = load_policy_to_fit(config, accelerator, probe)
+        policy.notes += about_dtype
         all_pairs = chain(data.train.select(order.seen()), data.held_out)
         # Sampled answers are pairs that nobody knows yet.
         asked_for = None if config.train.eval_prompts else all_pairs
