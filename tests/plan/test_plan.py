@@ -389,6 +389,7 @@ def test_a_cpu_is_measured_on_the_width_and_type_of_the_model(
     shape.dtype = "bfloat16"
     shape.save_pretrained(tmp_path)
     asked = []
+    monkeypatch.setattr("dpo.plan.fit.product_tflops", lambda *given: 1.0)  # for what auto means
     monkeypatch.setattr("dpo.plan.gpus.product_tflops", lambda *given: asked.append(given) or 1.0)
     choose_gpu("cpu", None, None, configuration(tmp_path, "--model.dtype", dtype))
     assert asked == [(64, measured)]
