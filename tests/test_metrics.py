@@ -5,15 +5,8 @@ import torch
 
 from dpo.config import BEST_METRICS
 from dpo.losses import PairLogps, sigmoid
-from dpo.metrics import (
-    CATALOGUE,
-    PAIR_METRICS,
-    RunningMeans,
-    by_chart,
-    is_better,
-    metric,
-    pair_metrics,
-)
+from dpo.means import RunningMeans, pair_metrics
+from dpo.metrics import CATALOGUE, PAIR_METRICS, by_chart, is_better, metric
 from dpo.report import comparison, curves, digest
 from dpo.train import board, tracking
 

@@ -6,6 +6,7 @@ dpo train --train.max_steps 50 --loss.beta 0.3               # each key is a fla
 DPO_LOSS__BETA=0.3 dpo train --num_processes 2               # or a variable; two processes
 """
 
+import gc
 from collections.abc import Sequence
 
 from dpo.cli import Parser
@@ -24,6 +25,8 @@ def main(parser: Parser, argv: Sequence[str]) -> None:
     config = config_of_this_process(parser, "train", argv)
     if config is None:
         return
+    gc.disable()  # what imports make stays: looking for garbage in it takes a second
     from dpo.train.trainer import train
 
+    gc.enable()
     train(config)

@@ -25,7 +25,8 @@ from dpo.data.stream import TokenizedPair, build_stream
 from dpo.evaluate.samples import generate
 from dpo.logps import pair_logps
 from dpo.losses import LOSSES, PairLogps
-from dpo.metrics import PAIR_METRICS, pair_metrics
+from dpo.means import pair_metrics
+from dpo.metrics import PAIR_METRICS
 from dpo.model.models import Models
 from dpo.model.reference import TokenLogps
 

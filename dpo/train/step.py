@@ -23,7 +23,7 @@ from dpo.data.stream import Stream, TokenizedPair, build_stream
 from dpo.errors import UserError
 from dpo.logps import pair_logps
 from dpo.losses import LOSSES, PairLogps
-from dpo.metrics import RunningMeans, pair_metrics
+from dpo.means import RunningMeans, pair_metrics
 from dpo.model.models import Models
 from dpo.plan.flops import Costs, work
 from dpo.train.budget import Budget
