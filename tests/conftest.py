@@ -64,6 +64,7 @@ def _private_cache(tmp_path_factory):
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,13 @@ SOURCES = [*sorted((ROOT / "dpo").rglob("*.py")), *sorted((ROOT / "scripts").rgl
 
 # Each imports only from its left, or from itself.
 ORDER = """
-errors losses logps metrics config cli run_folder table ranks device data model plan evaluate report
-train after commands __main__ scripts
+errors losses logps catalogue metrics config cli run_folder table ranks device data model plan
+evaluate report train after commands __main__ scripts
 """.split()
 OUTSIDE = ("", "quickstart")  # dpo/__init__.py, and the scripts that make the quickstart's files
 BARE = ("losses", "logps")  # a student runs these with torch alone
 BARE_MAY_IMPORT = {"torch", "jaxtyping", *sys.stdlib_module_names}
-INSIDE_FUNCTIONS = {"peft", "bitsandbytes", "matplotlib", "lm_eval"}
+INSIDE_FUNCTIONS = {"datasets", "peft", "bitsandbytes", "matplotlib", "lm_eval"}
 
 
 def module_name(path):

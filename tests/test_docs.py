@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo.catalogue import CATALOGUE
 from dpo.cli import known_keys
 from dpo.data.formats import FORMATS
-from dpo.metrics import CATALOGUE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -14,7 +14,8 @@ from dpo.data.stream import build_stream
 from dpo.evaluate.samples import generate
 from dpo.logps import token_logps
 from dpo.model.lean import make_lean
-from dpo.model.load import load_policy, load_tokenizer
+from dpo.model.load import load_policy
+from dpo.model.named import load_tokenizer
 from dpo.model.scorer import Scorer
 from dpo.train.step import TrainStep
 from tests.after.made_runs import made_run

@@ -3,17 +3,10 @@ import math
 import pytest
 import torch
 
+from dpo.catalogue import CATALOGUE, PAIR_METRICS, by_chart, is_better, metric
 from dpo.config import BEST_METRICS
 from dpo.losses import PairLogps, sigmoid
-from dpo.metrics import (
-    CATALOGUE,
-    PAIR_METRICS,
-    RunningMeans,
-    by_chart,
-    is_better,
-    metric,
-    pair_metrics,
-)
+from dpo.metrics import RunningMeans, pair_metrics
 from dpo.report import comparison, curves, digest
 from dpo.train import board, tracking
 

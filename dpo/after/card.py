@@ -10,7 +10,7 @@ from dpo import run_folder
 from dpo.after.merge_error import MergeError
 from dpo.config import Config, DataSource, ModelConfig
 from dpo.data.loader import list_sources
-from dpo.model.load import base_of
+from dpo.model.named import base_of
 from dpo.report.logs import RunLogs, read_logs
 from dpo.run_folder import checkpoint_step
 

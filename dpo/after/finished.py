@@ -20,7 +20,8 @@ from dpo.data.order import spread
 from dpo.data.stream import TokenizedPair
 from dpo.device import choose_device
 from dpo.errors import UserError
-from dpo.model.load import Policy, load_policy, load_tokenizer, load_weights
+from dpo.model.load import Policy, load_policy, load_weights
+from dpo.model.named import load_tokenizer
 from dpo.model.reference import Frozen, Reference, adapter_off, build_reference, choose_mode
 from dpo.model.scorer import Scorer
 

@@ -28,7 +28,8 @@ from dpo.device import choose_device
 from dpo.errors import UserError
 from dpo.evaluate.samples import generate
 from dpo.evaluate.sampling import Sampling
-from dpo.model.load import load_base, load_tokenizer
+from dpo.model.load import load_base
+from dpo.model.named import load_tokenizer
 from dpo.plan.fit import choose_dtype
 
 

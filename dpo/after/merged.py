@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.config import Config
 from dpo.errors import UserError
-from dpo.model.load import base_of, dequantize, load_base
+from dpo.model.load import dequantize, load_base
+from dpo.model.named import base_of
 
 
 def load_merge_base(

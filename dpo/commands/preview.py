@@ -22,7 +22,7 @@ def main(parser: Parser, argv: Sequence[str]) -> None:
     """Prints; in colour on a terminal, unless NO_COLOR is set."""
     config, own = read_config(parser, argv)
     from dpo.data.preview import preview_rows
-    from dpo.model.load import load_tokenizer
+    from dpo.model.named import load_tokenizer
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for text in preview_rows(config, load_tokenizer(config.model), own.rows, colour=colour):

@@ -7,6 +7,7 @@ dpo report runs/a runs/b [--output FILE]        # runs/comparison.html
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo import run_folder
 from dpo.cli import Parser, new_parser, read_flags
 
 
@@ -20,12 +21,17 @@ def parser(prog: str) -> Parser:
 
 
 def main(parser: Parser, argv: Sequence[str]) -> None:
-    """Prints where the page is."""
+    """Prints where the page is; a report of the same files is not written again."""
     options = read_flags(parser, argv)
-    from dpo.report.page import write_comparison, write_report
+    from dpo.report.page import is_up_to_date, write_comparison, write_report
 
     if len(options.runs) == 1:
-        file = write_report(options.runs[0], options.output)
+        run = options.runs[0]
+        file = options.output or run / run_folder.REPORT
+        if is_up_to_date(run, file):
+            print(f"The report in {file} is up to date: nothing changed since it was written")
+            return
+        write_report(run, file)
     else:
         beside = options.runs[0].resolve().parent / "comparison.html"
         file = write_comparison(options.runs, options.output or beside)

@@ -5,13 +5,21 @@ GiB/s on two cores. What must be verified, not just recognised, is always read (
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from huggingface_hub.constants import HF_HOME
+
 MAX_THREADS = 8  # hashing releases the GIL; more would wait for the disk
 _BLOB = re.compile("[0-9a-f]{64}|[0-9a-f]{40}")  # sha256 of a large file, git's sha1 of a small one
+
+
+def cache_folder(name: str) -> Path:
+    """The folder of that name in the cache of `datasets`, which takes a second to import."""
+    return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets", name)
 
 
 def digest(*parts: object) -> str:

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets.config
 import numpy as np
 import pyarrow as pa
 import tokenizers
@@ -29,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo.config import DataConfig
 from dpo.data.audit import Audit
 from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer, choose_template, require_chatml
-from dpo.data.files import digest, file_sums
+from dpo.data.files import cache_folder, digest, file_sums
 from dpo.data.formats import RowError, to_preference
 from dpo.data.limits import Limits
 from dpo.data.sources import Row, Source
@@ -101,7 +100,7 @@ def tokenized(
         template,
         _tokenizer_digest(tokenizer),
     )
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo_pairs" / key[:32]
+    folder = cache_folder("dpo_pairs") / key[:32]
     if not folder.exists():
         work = partial(
             _tokenize,

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dpo.catalogue import PAIR_METRICS
 from dpo.config import Config
 from dpo.data.chat import choose_template, stop_ids
 from dpo.data.loader import Pairs
@@ -25,7 +26,7 @@ from dpo.data.stream import TokenizedPair, build_stream
 from dpo.evaluate.samples import generate
 from dpo.logps import pair_logps
 from dpo.losses import LOSSES, PairLogps
-from dpo.metrics import PAIR_METRICS, pair_metrics
+from dpo.metrics import pair_metrics
 from dpo.model.models import Models
 from dpo.model.reference import TokenLogps
 

@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 Columns = Mapping[str, np.ndarray]
 QUANTILES = (5, 25, 50, 75, 95)  # per cent
@@ -57,6 +55,9 @@ def length_controlled(
 
     Source: Dubois et al. 2024, arXiv:2404.04475 (AlpacaEval 2), without its difficulty per prompt.
     """
+    import torch  # here, so that a report does not wait for it
+    import torch.nn.functional as F
+
     wins = torch.as_tensor(np.asarray(outcomes, dtype=float))
     differences = torch.as_tensor(np.asarray(length_differences, dtype=float))
     if not differences.any():

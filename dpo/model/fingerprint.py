@@ -16,7 +16,7 @@ from typing import Any
 
 from dpo.config import ModelConfig
 from dpo.data.files import file_digests
-from dpo.model.load import base_of
+from dpo.model.named import base_of
 
 # The files that decide the numbers of a forward: weights, configuration and a model's own code.
 _SUFFIXES = (".safetensors", ".bin", ".py")

@@ -1,4 +1,4 @@
-"""Model, tokenizer, quantisation, adapter: from a configuration to a policy that can train.
+"""Model, quantisation, adapter: from a configuration to a policy that can train.
 
 Two things are ensured here, because the reference must be what the policy is at step 0: every
 dropout but LoRA's is set to 0 for both passes, and 4-bit layers never run in evaluation mode.
@@ -7,8 +7,7 @@ Left out on purpose: PEFT's `prepare_model_for_kbit_training`. It upcasts the he
 embeddings to fp32, which costs memory; our head accumulates in fp32 whatever its weights are.
 """
 
-import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
-    PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
 from dpo.config import Config, LoraConfig, ModelConfig
 from dpo.errors import UserError
 from dpo.model.lean import make_lean
+from dpo.model.named import adapter_settings, base_of, from_hub_or_disk, load_shape
 
 REFERENCE_ADAPTER = "reference"  # the frozen copy of an adapter that the policy starts from
 
@@ -61,17 +57,6 @@ def is_adapted(model: nn.Module) -> bool:
 def without_peft(model: nn.Module) -> PreTrainedModel:
     """The model that PEFT wraps, or the model itself; its layers may hold adapters."""
     return model.get_base_model() if is_adapted(model) else model  # type: ignore[operator,return-value]
-
-
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or its base's if an adapter's folder has none."""
-    has_own = (Path(model.path) / "tokenizer_config.json").exists()
-    return _from_hub_or_disk(AutoTokenizer, model if has_own else base_of(model))
-
-
-def load_shape(model: ModelConfig) -> PreTrainedConfig:
-    """config.json of the model, or of the base that an adapter's folder names."""
-    return _from_hub_or_disk(AutoConfig, base_of(model))
 
 
 def load_policy(config: Config, device: torch.device | str, *, dequantized: bool = False) -> Policy:
@@ -161,12 +146,6 @@ def compile_layers(base: PreTrainedModel, device: torch.device) -> None:
             module.compile(dynamic=True)
 
 
-def base_of(model: ModelConfig) -> ModelConfig:
-    """The model itself, or the base that an adapter's folder names."""
-    adapter = adapter_settings(model.path)
-    return replace(model, name_or_path=adapter["base_model_name_or_path"]) if adapter else model
-
-
 def load_base(model: ModelConfig, device: torch.device | str) -> PreTrainedModel:
     """A whole model, quantised as configured, in train mode; every weight must be in the files."""
     options: dict[str, Any] = {"dtype": "auto" if model.dtype == "auto" else model.dtype}
@@ -180,7 +159,7 @@ def load_base(model: ModelConfig, device: torch.device | str) -> PreTrainedModel
     elif model.quantization == "int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     transformers_logging.disable_progress_bar()
-    base, info = _from_hub_or_disk(
+    base, info = from_hub_or_disk(
         AutoModelForCausalLM,
         model,
         device_map={"": str(device)},
@@ -304,22 +283,3 @@ def _load_adapter(
     model.load_adapter(path, REFERENCE_ADAPTER, is_trainable=False)
     model.set_adapter("default")
     return model
-
-
-def adapter_settings(path: str) -> dict[str, Any] | None:
-    """adapter_config.json, if `path` is a PEFT folder."""
-    file = Path(path) / "adapter_config.json"
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
-def _from_hub_or_disk(loader: Any, model: ModelConfig, **options: Any) -> Any:
-    remote = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    try:
-        return loader.from_pretrained(model.path, **remote, **options)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.name_or_path: got {model.path!r}, which is no model folder and could not be "
-            f"loaded from the hub ({type(error).__name__}: {first_line}). Check the name, "
-            "model.revision, the network, and your access to it."
-        ) from error

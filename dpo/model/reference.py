@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-import datasets.config
 import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dpo.data.files import cache_folder
 from dpo.data.stream import Stream, TokenizedPair, build_stream, to_device
 from dpo.errors import UserError
 from dpo.model.load import REFERENCE_ADAPTER, Policy
@@ -207,8 +207,8 @@ def open_cache(setting: str, digest: str) -> LogpCache:
     Raises:
         UserError: the folder cannot be written to.
     """
-    auto = Path(datasets.config.HF_DATASETS_CACHE) / "dpo_reference"
-    folder = (auto if setting == "auto" else Path(setting)) / digest[:32]
+    parent = cache_folder("dpo_reference") if setting == "auto" else Path(setting)
+    folder = parent / digest[:32]
     try:
         return LogpCache(folder)
     except OSError as error:

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dpo.config import Config, ModelConfig
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
-from dpo.model.load import Policy, build_policy, load_shape, without_peft
+from dpo.model.load import Policy, build_policy, without_peft
+from dpo.model.named import load_shape
 from dpo.model.reference import adapter_off
 from dpo.model.scorer import Scorer
 from dpo.plan.memory import PeakBytes

@@ -18,7 +18,8 @@ import torch
 from dpo.config import Config, Dtype, ModelConfig
 from dpo.data.stream import TokenizedPair
 from dpo.logps import TILE_BYTES
-from dpo.model.load import checkpoint_layers, load_shape
+from dpo.model.load import checkpoint_layers
+from dpo.model.named import load_shape
 from dpo.model.scorer import Scorer
 from dpo.plan.fake import FakePolicy, meta_model
 from dpo.plan.gpus import product_tflops

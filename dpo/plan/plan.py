@@ -20,7 +20,8 @@ from dpo.data.order import Order, micro_batches
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.device import choose_device
 from dpo.errors import UserError
-from dpo.model.load import load_tokenizer, without_peft
+from dpo.model.load import without_peft
+from dpo.model.named import load_tokenizer
 from dpo.plan.fake import FakePolicy, without_numbers
 from dpo.plan.fit import Fit, choose_dtype, copy_bytes, optimizer_bytes
 from dpo.plan.flops import Work, costs, work

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpo.metrics import metric
+from dpo.catalogue import metric
 from dpo.report.charts import MARKERS, RUN_COLOURS, RUN_LINES, Chart, Series, curve, shown_number
 from dpo.report.digest import shown
 from dpo.report.logs import RunLogs

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from dpo.catalogue import by_chart, metric
 from dpo.data.order import spread
-from dpo.metrics import by_chart, metric
 from dpo.report.charts import Chart, Series, curve, shown_number
 from dpo.report.logs import RunLogs
 from dpo.run_folder import Line

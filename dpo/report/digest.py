@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from dpo.catalogue import Metric, metric
 from dpo.config import Config
 from dpo.evaluate.diagnostics import Finding, diagnose
-from dpo.metrics import Metric, metric
 from dpo.report.charts import shown_number
 from dpo.report.length_bias import length_bias
 from dpo.report.logs import RunLogs

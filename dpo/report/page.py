@@ -5,26 +5,41 @@ model. `write_comparison` puts several runs beside each other. Both pages work o
 mode, by keyboard, with a screen reader and on paper. They fetch nothing, and their security
 policy forbids it; all text is escaped, since rows and models can say anything.
 
+A report ends with a digest of what it was made of, so that nobody makes it again from the same.
+
 Left out on purpose: a charting library in the page. matplotlib draws; the script only shows values.
 """
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dpo import run_folder
+from dpo.data import files
 from dpo.errors import UserError
 from dpo.report import comparison, curves, digest
 from dpo.report.charts import Chart, shown_number
 from dpo.report.drawing import Drawing, draw
 from dpo.report.evaluation_tables import evaluation_tables
 from dpo.report.length_bias import length_rows
-from dpo.report.logs import read_logs
+from dpo.report.logs import RunLogs, read_logs
 
 TEXT_SHOWN = 600  # characters of a prompt or an answer; the rest is folded
 _BESIDE = Path(__file__).parent
+_PACKAGE = _BESIDE.parent
+
+
+def is_up_to_date(folder: Path, file: Path) -> bool:
+    """Whether the page in `file` is what `write_report` would write now.
+
+    Raises:
+        UserError: the folder holds no run, or a file in it is broken.
+    """
+    mark = _mark(read_logs(folder)).encode()
+    return file.is_file() and file.read_bytes().endswith(mark)
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
@@ -58,7 +73,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         changed=digest.changed_keys(logs),
         config_text=yaml.safe_dump(logs.config, sort_keys=False, allow_unicode=True),
     )
-    return _write(output or folder / run_folder.REPORT, page)
+    return _write(output or folder / run_folder.REPORT, page + _mark(logs))
 
 
 def write_comparison(folders: Sequence[Path], output: Path) -> Path:
@@ -83,6 +98,15 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
         have_one_loss=comparison.have_one_loss(runs),
     )
     return _write(output, page)
+
+
+def _mark(logs: RunLogs) -> str:
+    """The last line of a report: a digest of the run's files and of this package.
+
+    The last, so that a page that was cut off in writing has none.
+    """
+    code = [files.file_sums(_PACKAGE, "*.py"), files.file_sums(_BESIDE, "*.[!p]*")]
+    return f"\n<!-- made of {files.digest(code, version('matplotlib'), logs)} -->\n"
 
 
 def _render(template: str, charts: dict[str, list[Chart]], **context: Any) -> str:

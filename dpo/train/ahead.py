@@ -14,8 +14,8 @@ from dpo.data.loader import load_data
 from dpo.data.order import Order, micro_batches
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
-from dpo.model.load import load_tokenizer
 from dpo.model.models import build_models
+from dpo.model.named import load_tokenizer
 from dpo.model.reference import Reference
 from dpo.ranks import main_first, sum_over_ranks
 from dpo.train.budget import load_policy_to_fit, probe_pairs, settle_dtype

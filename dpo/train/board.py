@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from dpo.metrics import PAIR_METRICS, by_chart, metric
+from dpo.catalogue import PAIR_METRICS, by_chart, metric
 
 # The charts under "Custom Scalars": metrics by group; the catalogue says which share a chart.
 _GROUPS = {

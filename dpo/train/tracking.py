@@ -14,6 +14,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from dpo import run_folder
+from dpo.catalogue import metric
 from dpo.config import Config
 from dpo.data.loader import Pairs
 from dpo.device import is_number_of_threads_given
@@ -21,7 +22,6 @@ from dpo.errors import UserError
 from dpo.evaluate.diagnostics import Watch
 from dpo.evaluate.evaluator import Evaluation, held_out_columns
 from dpo.losses import PairLogps, implicit_rewards
-from dpo.metrics import metric
 from dpo.run_folder import append_lines, read_lines
 from dpo.train.board import open_board, show_evaluation
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from dpo import run_folder
+from dpo.catalogue import is_better
 from dpo.cli import save
 from dpo.config import Config
 from dpo.data.loader import load_data
@@ -25,15 +26,15 @@ from dpo.data.order import Order, is_due
 from dpo.evaluate.diagnostics import Watch
 from dpo.evaluate.evaluator import Evaluator
 from dpo.evaluate.token_rewards import rewards_to_show
-from dpo.metrics import RunningMeans, is_better
+from dpo.metrics import RunningMeans
 from dpo.model.fingerprint import weights_digest
-from dpo.model.load import load_tokenizer
 from dpo.model.models import build_models
+from dpo.model.named import load_tokenizer
 from dpo.plan.flops import costs
 from dpo.plan.gpus import peak_tflops
 from dpo.plan.plan import time_on_this_cpu
 from dpo.ranks import main_first, on_main, smallest_over_ranks, sum_over_ranks
-from dpo.report.page import write_report
+from dpo.report.page import is_up_to_date, write_report
 from dpo.train import checkpoint as checkpoints
 from dpo.train.budget import load_policy_to_fit, probe_pairs, settle_dtype, token_budget
 from dpo.train.header import header
@@ -268,7 +269,7 @@ class Run:
                 print(about_cache)
             print(f"The trained model is in {final}.")
             if self.config.train.write_report:
-                print(f"The report is in {write_report(self.folder)}.")
+                self._write_report()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()  # comes last: it closes trackers and the process group
         return self.folder
@@ -318,6 +319,21 @@ class Run:
         with (self.folder / run_folder.HEADER).open("a") as file:
             file.write(f"note: {said}\n")
         return said
+
+    def _write_report(self) -> None:
+        """Writes the report; all else is saved by now, so a failure is told and fails no run."""
+        file = self.folder / run_folder.REPORT
+        try:
+            if not is_up_to_date(self.folder, file):
+                write_report(self.folder)
+            print(f"The report is in {file}.")
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            print(
+                f"The report could not be written ({reason}). The run is complete; "
+                f"dpo report {self.folder} writes it later.",
+                file=sys.stderr,
+            )
 
     def _token_rewards(self) -> list[dict[str, Any]]:
         """Some held-out pairs, token by token, under the weights as they are now."""

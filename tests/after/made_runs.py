@@ -7,7 +7,8 @@ import torch
 import yaml
 
 from dpo.cli import parse
-from dpo.model.load import load_policy, load_tokenizer
+from dpo.model.load import load_policy
+from dpo.model.named import load_tokenizer
 from dpo.train.checkpoint import save_weights
 from tests.train.runs import QUIET, rows_file
 

@@ -9,7 +9,7 @@ from dpo.data.chat import ChatTokenizer
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """Every test starts with an empty cache."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "dpo_pairs"
 
 

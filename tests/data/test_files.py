@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,24 @@ def test_a_digest_is_of_all_parts_and_of_where_each_ends():
     known = digest("a", ["b"], None)
     assert known == digest("a", ["b"], None)
     assert len({known, digest("a", ["b"]), digest("ab", None), digest("a", "b", None)}) == 4
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"HF_HOME": "~/hub"},
+        {"XDG_CACHE_HOME": "/tmp/xdg"},
+        {"HF_HOME": "/tmp/hub", "HF_DATASETS_CACHE": "/tmp/cache"},
+    ],
+    ids=["default", "HF_HOME", "XDG_CACHE_HOME", "HF_DATASETS_CACHE"],
+)
+def test_the_cache_folder_is_where_datasets_keeps_its_own(given):
+    program = (
+        "import datasets.config\n"
+        "from dpo.data.files import cache_folder\n"
+        "assert cache_folder('x') == datasets.config.HF_DATASETS_CACHE / 'x'\n"
+    )
+    names = ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME")
+    rest = {name: value for name, value in os.environ.items() if name not in names}
+    subprocess.run([sys.executable, "-c", program], env=rest | given, check=True)

@@ -128,13 +128,12 @@ def test_only_a_few_batches_are_read_ahead():
 
 
 INTERRUPTED = """
-import datasets, os, pathlib, signal, sys, threading, time
+import os, signal, sys, threading, time
 from dpo.data import tokens, workers
 from tests.data.rows import BASE, build, config, load_data
 
 # Where tests run in the background, a shell has told them to ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-datasets.config.HF_DATASETS_CACHE = pathlib.Path(sys.argv[2])
 tokens.BATCH_ROWS, tokens._num_workers = 3, lambda num_rows: 2
 tokens.to_preference = lambda *args, **kwargs: time.sleep(60)
 start = workers._start
@@ -149,7 +148,7 @@ def test_an_interrupted_or_killed_process_leaves_no_worker(write, cache, number)
     """Ctrl-C reaches the whole group of processes; a kill only the first of them."""
     path = write(rows(30))
     with subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, path, str(cache.parent)],
+        [sys.executable, "-c", INTERRUPTED, path],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -11,7 +11,8 @@ import transformers
 from dpo.config import Config
 from dpo.data.stream import build_stream
 from dpo.errors import UserError
-from dpo.model.load import Policy, load_policy, load_tokenizer, zero_dropouts
+from dpo.model.load import Policy, load_policy, zero_dropouts
+from dpo.model.named import load_tokenizer
 from dpo.model.reference import AdapterOff, Frozen, Zero, adapter_off, build_reference, choose_mode
 from dpo.model.scorer import Scorer
 from tests.models import QUICKSTART_MODEL, tiny, with_lora

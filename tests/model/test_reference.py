@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_with_the_key(tmp_path):
 def test_auto_is_beside_the_tokenised_pairs_and_every_reference_has_its_folder(
     monkeypatch, tmp_path
 ):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     assert open_cache("auto", "a" * 64).folder.parent == tmp_path / "dpo_reference"
     one, two = (open_cache(str(tmp_path / "mine"), digest * 64).folder for digest in "ab")
     assert one.parent == two.parent == tmp_path / "mine"

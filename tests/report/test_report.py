@@ -2,7 +2,9 @@
 
 import html
 import json
+import os
 import re
+import shutil
 import time
 from collections import Counter
 from html.parser import HTMLParser
@@ -19,7 +21,7 @@ from dpo.report.drawing import draw
 from dpo.report.evaluation_tables import evaluation_tables
 from dpo.report.length_bias import length_bias, length_rows
 from dpo.report.logs import read_logs
-from dpo.report.page import write_comparison, write_report
+from dpo.report.page import is_up_to_date, write_comparison, write_report
 from tests.commands import as_process, called
 from tests.report.fake_run import FILES, STEPS, fake_run, jsonl, training_line
 
@@ -235,8 +237,8 @@ def test_a_long_run_is_reported_in_time_and_says_that_it_is_thinned_out(tmp_path
     assert len(page) < 2_000_000
 
 
-def test_the_same_run_gives_the_same_bytes_and_no_id_twice(folder, page):
-    assert write_report(folder).read_text() == page
+def test_the_same_run_gives_the_same_bytes_and_no_id_twice(folder, page, tmp_path):
+    assert write_report(folder, tmp_path / "again.html").read_text() == page
     assert max(Tags(page).ids.values()) == 1
     used = set(re.findall(r"(?:url\(#|href=\"#)([\w-]+)", page))
     assert used <= set(Tags(page).ids)
@@ -491,6 +493,37 @@ def test_the_script_writes_one_run_or_a_comparison(tmp_path):
     code, out, err = called("report.py", tmp_path / "a", tmp_path / "b")
     assert (code, err) == (0, "")
     assert "2 runs compared" in (tmp_path / "comparison.html").read_text()
+
+
+def test_the_script_leaves_a_report_that_is_up_to_date_and_says_so(tmp_path, monkeypatch):
+    run = fake_run(tmp_path / "run")
+    file = run / "report.html"
+    assert called("report.py", run)[1] == f"The report is in {file}\n"
+    page = file.read_bytes()
+    os.utime(run / "metrics.jsonl")  # newer, and the same
+    with monkeypatch.context() as patched:
+        patched.setattr("dpo.report.page.draw", None)  # a second page would fail
+        code, out, err = called("report.py", run)
+    assert (code, err) == (0, "")
+    assert out == f"The report in {file} is up to date: nothing changed since it was written\n"
+    file.write_bytes(page[:-100])  # cut off in writing
+    assert called("report.py", run)[1] == f"The report is in {file}\n"
+    assert file.read_bytes() == page
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "summary.json"])
+def test_a_report_is_out_of_date_when_a_file_of_the_run_has_changed(name, folder, tmp_path):
+    run = shutil.copytree(folder, tmp_path / folder.name)
+    assert is_up_to_date(run, run / "report.html")
+    (run / name).unlink()
+    assert not is_up_to_date(run, run / "report.html")
+
+
+def test_a_report_is_out_of_date_when_other_code_would_draw_it(folder, tmp_path, monkeypatch):
+    assert is_up_to_date(folder, folder / "report.html")
+    assert not is_up_to_date(folder, tmp_path / "absent.html")
+    monkeypatch.setattr("dpo.report.page.version", lambda name: "another")
+    assert not is_up_to_date(folder, folder / "report.html")
 
 
 def test_the_script_refuses_a_folder_without_a_run_in_one_message(tmp_path):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets.config
 import pytest
 
 from tests.after.hub import TOKEN, running_hub
@@ -139,7 +138,7 @@ def test_a_run_that_was_moved_away_from_its_data_is_merged_evaluated_and_answers
 
     shutil.rmtree(made)
     rows = rows_file(tmp_path, 24).rename(tmp_path / "hidden.jsonl")
-    datasets.config.HF_DATASETS_CACHE = tmp_path / "no-cache"
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "no-cache"))
     monkeypatch.setenv("DPO_MODEL__QUANTIZATION", "nf4")
     monkeypatch.setenv("DPO_LORA__R", "3")
     monkeypatch.chdir(there.parent)

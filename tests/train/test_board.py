@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from dpo.metrics import CATALOGUE
+from dpo.catalogue import CATALOGUE
 from dpo.train.board import RESULTS, _cell
 from tests.train.runs import config, metrics, run
 

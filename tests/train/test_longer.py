@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
+from dpo.catalogue import PAIR_METRICS
 from dpo.config import OptimConfig
 from dpo.errors import UserError
-from dpo.metrics import PAIR_METRICS
 from dpo.train.optim import learning_rate
 from tests.train.runs import config, killed, metrics, run, training
 from tests.train.test_board import scalar_steps

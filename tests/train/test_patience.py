@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from dpo.catalogue import PAIR_METRICS
 from dpo.errors import UserError
-from dpo.metrics import PAIR_METRICS
 from dpo.train.trainer import Run
 from tests.train.runs import QUIET, config, killed, metrics, rows_file, run, started, training
 

@@ -11,9 +11,11 @@ import torch
 from dpo.cli import parse
 from dpo.data.stream import build_stream
 from dpo.errors import UserError
-from dpo.model.load import load_policy, load_tokenizer
+from dpo.model.load import load_policy
+from dpo.model.named import load_tokenizer
 from dpo.model.reference import AdapterOff
 from dpo.model.scorer import Scorer
+from tests.commands import called
 from tests.train.runs import (
     QUIET,
     config,
@@ -193,6 +195,26 @@ def about(settings, capsys):
 def test_the_header_says_which_format_was_recognised(tmp_path, capsys):
     run(config(tmp_path, "--train.max_steps", 1))
     assert "24 of 24 rows kept; format orca_dpo_pairs" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_fails_no_run_and_is_told_in_one_line(
+    tmp_path, monkeypatch, capsys
+):
+    def broken(chart, id):
+        raise RuntimeError("no font\nof that name")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dpo.report.page.draw", broken)
+        folder = run(config(tmp_path, "--train.write_report", "true"))
+    assert (folder / "final" / "adapter_model.safetensors").exists()
+    assert (folder / "summary.json").exists()
+    assert capsys.readouterr().err.endswith(
+        "The report could not be written (RuntimeError: no font of that name). The run is "
+        f"complete; dpo report {folder} writes it later.\n"
+    )
+    code, out, err = called("report.py", folder)
+    assert (code, err) == (0, "")
+    assert out == f"The report is in {folder / 'report.html'}\n"
 
 
 def test_a_run_ends_with_a_report_and_the_files_it_is_drawn_from(tmp_path):
