@@ -18,7 +18,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,8 @@ class ChatTokenizer:
         (whole,) = self._encoder.encode(["a"], add_special_tokens=True)
         self._bos = whole[: whole.index(bare[0])]
         self._bos_text = str(tokenizer.decode(self._bos))
+        # The same few tokens follow every turn end, and decoding them takes longer than the search.
+        self._is_blank = lru_cache(maxsize=8)(lambda ids: not str(tokenizer.decode(ids)).strip())
         self._closes_with_eos = template is not None and self._is_closed_with_eos()
 
     def tokenize(
@@ -301,7 +303,7 @@ class ChatTokenizer:
         end = len(ids)
         while end and ids[end - 1] not in self._control_ids:
             end -= 1
-        return 0 if self._tokenizer.decode(ids[end:]).strip() else end  # type: ignore[union-attr]
+        return end if self._is_blank(tuple(ids[end:])) else 0
 
     def _closing_eos(self, ids: list[int]) -> int:
         """Length up to a turn end that only an EOS follows; 0 without one."""
