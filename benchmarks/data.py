@@ -58,6 +58,7 @@ def main() -> None:
     flags.add_argument("--divide", type=int, default=8, help="divide all their lengths by this")
     flags.add_argument("--sample", type=int, default=4000, help="rows of full length, for TRL")
     flags.add_argument("--rounds", type=int, default=3, help="of ours and TRL, interleaved")
+    flags.add_argument("--only-tokenising", action="store_true", help="no start-up and memory")
     flags.add_argument("--skip-trl", action="store_true", help="only measure ours")
     flags.add_argument("--output", type=Path, help="also write the report there")
     args = flags.parse_args()
@@ -66,7 +67,7 @@ def main() -> None:
     packages = ("transformers", "tokenizers", "datasets", "pyarrow")
     parts = ["# Data at scale", f"{common.provenance(CORES, packages)}."]
     with tempfile.TemporaryDirectory() as folder:
-        for measure in (scale, against_trl):
+        for measure in (scale, against_trl)[args.only_tokenising :]:
             parts.append(measure(args, Path(folder)))
             print(parts[-1], file=sys.stderr)
     common.publish("\n\n".join(parts), args.output)
@@ -195,6 +196,12 @@ def prepare(path: Path) -> Iterator[None]:
     yield
 
 
+def prepare_in_one_process(path: Path) -> Iterator[None]:
+    """The same on one core, where there are no worker processes."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    yield from prepare(path)
+
+
 def start(path: Path) -> Iterator[None]:
     """Finds the tokens, and reads some pairs as training does."""
     tokenizer = load_tokenizer()
@@ -294,7 +301,10 @@ def prepared_by_trl(
 
 TASKS = {
     task.__name__: task
-    for task in (prepare, start, verify, verify_both, prepare_trl, prepare_trl_on_every_core)
+    for task in (
+        *(prepare, prepare_in_one_process, start),
+        *(verify, verify_both, prepare_trl, prepare_trl_on_every_core),
+    )
 }
 
 
@@ -316,18 +326,19 @@ def against_trl(args: argparse.Namespace, folder: Path) -> str:
 
     path = folder / "sample.jsonl"
     write_rows(path, args.sample, 1)
-    sides, check = {"ours": "prepare"}, "verify"
+    many = f"{CORES} processes"
+    ours = {"one process": "prepare_in_one_process", many: "prepare"}
+    theirs, check = {}, "verify"
     if find_spec("trl") and not args.skip_trl:
         check = "verify_both"
-        sides |= {
-            "TRL, defaults": "prepare_trl",
-            f"TRL, dataset_num_proc={CORES}": "prepare_trl_on_every_core",
-        }
+        theirs = {"one process": "prepare_trl", many: "prepare_trl_on_every_core"}
+    sides = {f"ours, {number}": (task, number) for number, task in ours.items()}
+    sides |= {f"TRL, {number}": (task, number) for number, task in theirs.items()}
     print(f"comparing the token ids of {args.sample:,} rows", file=sys.stderr)
     watch(check, path, folder / check)
     seen: dict[str, list[Watched]] = {name: [] for name in sides}
     for number in range(args.rounds):
-        for name, task in sides.items():
+        for name, (task, _) in sides.items():
             print(f"round {number + 1}: {name}", file=sys.stderr)
             seen[name].append(watch(task, path, folder / f"{task}-{number}"))
     rows = []
@@ -335,16 +346,20 @@ def against_trl(args: argparse.Namespace, folder: Path) -> str:
         row = [name, common.median_and_range([args.sample / run.seconds[0] for run in its], 4)]
         row.append(common.median_and_range([run.processor[0] / args.sample * 1e3 for run in its]))
         for part in ("seconds", "processor"):
-            theirs, ours = ([getattr(run, part)[0] for run in r] for r in (its, seen["ours"]))
-            row.append(f"{statistics.median(theirs) / statistics.median(ours):.2f}")
+            its_own, equal = (
+                statistics.median(getattr(run, part)[0] for run in runs)
+                for runs in (its, seen[f"ours, {sides[name][1]}"])
+            )
+            row.append(f"{its_own / equal:.2f}")
         rows.append(row)
-    compared = "" if len(sides) > 1 else "TRL is not installed: not compared. "
+    compared = "" if theirs else "TRL is not installed: not compared. "
     if args.skip_trl:
         compared = "TRL was left out. "
     return (
         f"## Tokenising\n\n{args.sample:,} rows of full length. {compared}All token ids were equal "
         "to those of the whole texts as the template renders them. Median (lowest to highest) of "
-        f"{args.rounds} interleaved rounds, each in a fresh process.\n\n"
+        f"{args.rounds} interleaved rounds, each in a fresh process. Ratios are to ours with as "
+        "many processes; our one process has one core, TRL's may use all.\n\n"
         + common.table(
             ["", "rows/s", "processor ms a row", "time, ours = 1", "processor, ours = 1"], rows
         )
