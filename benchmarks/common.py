@@ -46,25 +46,31 @@ Side = Callable[..., dict[str, Any]]  # what `measure` measures, or a call of it
 
 @dataclass(frozen=True)
 class Task:
-    """A folder with a model and rows: tiny ones for the warm-up, then rows of these lengths."""
+    """A folder with a model and rows: tiny ones for the warm-up, then rows of these lengths.
+
+    Without the tiny ones, the first step of the rows warms up.
+    """
 
     folder: Path
     lengths: list[list[int]]
+    pairs_per_step: int = PAIRS_PER_STEP
+    has_tiny_rows: bool = True
 
     @property
     def num_rows(self) -> int:
         """Rows of the file, the warm-up's included."""
-        return len(self.lengths) + WARM_UP_STEPS * PAIRS_PER_STEP
+        tiny = WARM_UP_STEPS * self.pairs_per_step if self.has_tiny_rows else 0
+        return len(self.lengths) + tiny
 
     @property
     def num_steps(self) -> int:
         """Steps of the run, the warm-up's included."""
-        return -(-self.num_rows // PAIRS_PER_STEP)
+        return -(-self.num_rows // self.pairs_per_step)
 
     @property
     def order(self) -> list[int]:
         """Row numbers in the order in which `Run` sees them, since it shuffles."""
-        order = Order(self.num_rows, PAIRS_PER_STEP, self.num_steps, TrainConfig().seed)
+        order = Order(self.num_rows, self.pairs_per_step, self.num_steps, TrainConfig().seed)
         return [i for step in range(1, self.num_steps + 1) for i in order.indices(step)]
 
     def write(self, layers: int) -> None:
@@ -143,7 +149,7 @@ def our_config(task: Task, **keys: Any) -> Config:
         train=TrainConfig(
             output_dir=str(task.folder / "runs" / str(os.getpid())),
             per_device_train_batch_size=1,
-            gradient_accumulation_steps=PAIRS_PER_STEP,
+            gradient_accumulation_steps=task.pairs_per_step,
             max_steps=task.num_steps,
             gradient_checkpointing=False,
             report_to="none",

@@ -1,16 +1,30 @@
-"""Our trainer against TRL's: the same weights, adapter, rows and steps, and how fast each goes.
+"""Our trainer against TRL's, as their users start them: the same weights, rows and steps.
 
-Before any time counts, all sides must log the same log-probs and gradient norm on the first step of
-real pairs. (The step before it is a warm-up of tiny pairs, at learning rate 0.) Each side runs in a
-fresh process, round after round, so that a machine that slows down slows all of them.
+Ours is the command that README prints, through `accelerate launch`, with no key beside model, rows,
+steps and folder; TRL's is a script that plain Python runs. Each run is a fresh process that is
+watched from outside: the time between the first logged step and the last, and the resident size.
+Round after round, so that a machine that slows down slows all of them. `--model` and `--rows`
+compare on a real model and real rows.
+
+Before any time counts, all sides must log the same log-probs on their first step. FLOPs are counted
+in runs of their own, in which one adapter and the gradient norm must be the same as well.
 
     pip install -e '.[peers]'
     python benchmarks/compare_trl.py --output benchmarks/results/compare_trl.md
+    python benchmarks/compare_trl.py --model SmolLM2-135M-Instruct --rows orca_dpo_pairs.jsonl
 """
 
+import argparse
+import json
+import os
+import re
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +33,8 @@ from typing import Any
 import common
 import datasets
 import peft
+import psutil
+import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,17 +51,24 @@ TRL_SIDES: dict[str, dict[str, Any]] = {
 }
 BASES = {"x defaults": DEFAULTS, "x tuned": TUNED}
 NOTES = """\
+- Ours: `accelerate launch {launch} scripts/train.py {keys}`. It is run twice: the second run finds
+  the reference's log-probs, as a sweep over beta or the learning rate does. TRL: `python SCRIPT`.
+- Threads are those that each side takes if nobody sets them.
 - TRL, defaults: activation checkpointing, and 4 pairs a batch, padded to the longest of its 8 rows.
-  Not its defaults: fp32 (it would take bf16), accumulation to steps of 16 pairs, max_length 1536.
-- Tuned by hand: 1 pair a batch, 16 accumulations, no checkpointing. Ours: {budget} tokens a batch.
-- All sides recompute the reference in every step, but for the last: its log-probs lie on disk.
+  Not its defaults: fp32 (it would take bf16), accumulation to {pairs} pairs, max_length 1536.
+- Tuned by hand: 1 pair a batch, {pairs} accumulations, no checkpointing.
 - On a CPU, TRL's head scores prompt and padding too; on a GPU it scores answers alone.
 """
+ROOT = Path(__file__).parents[1]
+# One process; the others name accelerate's defaults, about which it would print a page.
+LAUNCH = (
+    "--quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+).split()
 
 
 def run_trl(
-    race: common.Race, task: common.Task, *, on_gpu: bool = False, **options: Any
-) -> dict[str, Any]:
+    race: Any, task: common.Task, *, on_gpu: bool = False, dropout: float = 0.0, **options: Any
+) -> Any:
     """TRL's trainer over the task. `options` are those of its configuration.
 
     On a GPU: bfloat16, its default, on an NF4 base, with the article's optimizer and dropout.
@@ -56,9 +79,7 @@ def run_trl(
     rows = datasets.Dataset.from_json(ours.data.name_or_path, keep_in_memory=True)
     args = DPOConfig(
         output_dir=str(task.folder / "trl"),
-        gradient_accumulation_steps=(
-            common.PAIRS_PER_STEP // options["per_device_train_batch_size"]
-        ),
+        gradient_accumulation_steps=(task.pairs_per_step // options["per_device_train_batch_size"]),
         max_steps=race.num_steps(task),
         max_length=ours.data.max_length,
         train_sampling_strategy="sequential",  # the rows come in the order in which we see them
@@ -89,7 +110,7 @@ def run_trl(
             task_type="CAUSAL_LM",
             r=ours.lora.r,
             lora_alpha=int(ours.lora.alpha),
-            lora_dropout=0.05 if on_gpu else ours.lora.dropout,
+            lora_dropout=0.05 if on_gpu else dropout,
             target_modules=ours.lora.target_modules,
         ),
         callbacks=[_Reports(race)],
@@ -110,6 +131,197 @@ class _Reports(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if "loss" in kwargs["logs"]:  # else the summary at the end
             self._race.finish_step(state.global_step)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A side as its users start it: words, and the file that gets a line with each logged step."""
+
+    words: list[str]
+    metrics: Path
+
+
+class StepLog:
+    """What `run_trl` reports to in a process of its own: a line of a file for each step."""
+
+    def __init__(self, file: Path):
+        self._file = file
+
+    def num_steps(self, task: common.Task) -> int:
+        """All steps of the task."""
+        return task.num_steps
+
+    def start(self, model: Any) -> None:
+        """Says how many threads there are."""
+        self._write({"threads": torch.get_num_threads()})
+
+    def finish_step(self, step: int) -> None:
+        """Is called after each step and its logging."""
+        self._write({"step": step})
+
+    def result(self, logged: list[dict[str, Any]]) -> None:
+        """Writes what the first step logged."""
+        self._write({"first": logged[0]})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self._file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def our_keys(task: common.Task) -> list[str]:
+    """What a user gives beside `scripts/train.py`, but for the folder of the run."""
+    keys = ["--model.name_or_path", str(task.folder / "model")]
+    keys += ["--data.name_or_path", str(task.folder / "rows.jsonl")]
+    keys += ["--train.max_steps", str(task.num_steps)]
+    if task.pairs_per_step != common.PAIRS_PER_STEP:
+        keys += ["--train.per_device_train_batch_size", str(task.pairs_per_step)]
+    return keys
+
+
+def our_command(task: common.Task, name: str) -> Command:
+    """Ours; two commands of one round share a folder of caches, so the second one finds logps."""
+    out = task.folder / "runs" / name
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", *LAUNCH]
+    words = [*launch, "scripts/train.py", *our_keys(task), "--train.output_dir", str(out)]
+    return Command(words, out / "metrics.jsonl")
+
+
+def their_command(task: common.Task, name: str) -> Command:
+    """TRL, by this file."""
+    file = task.folder / "runs" / f"{name}.jsonl"
+    words = [sys.executable, __file__, "--run-side", name, "--folder", str(task.folder)]
+    return Command([*words, "--pairs-per-step", str(task.pairs_per_step)], file)
+
+
+def watch(command: Command, caches: Path) -> dict[str, Any]:
+    """Runs a command: seconds from its first logged step to its last, and in all; its peak RSS."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment |= {"HF_HOME": str(caches), "TOKENIZERS_PARALLELISM": "false"}
+    began, seen, peak = time.perf_counter(), [], 0
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command.words, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        while process.poll() is None:
+            seen += [time.perf_counter()] * (len(steps_in(command.metrics)) - len(seen))
+            peak = max(peak, resident(process.pid))
+            time.sleep(0.02)
+        output.seek(0)
+        said = output.read()
+    if process.returncode:
+        sys.exit(f"{' '.join(command.words)} failed:\n{said[-3000:]}")
+    logged = [json.loads(line) for line in command.metrics.read_text().splitlines()]
+    return {
+        "wall": seen[-1] - seen[0],
+        "all": time.perf_counter() - began,
+        "peak": peak,
+        "logged": logged,
+        "said": said,
+    }
+
+
+def steps_in(file: Path) -> list[str]:
+    """The lines of training steps that a side has logged so far."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [line for line in lines if '"step"' in line and "eval/" not in line]
+
+
+def resident(pid: int) -> int:
+    """Bytes of the largest of a process and those that it has started."""
+    try:
+        main = psutil.Process(pid)
+        return max(p.memory_info().rss for p in (main, *main.children(recursive=True)))
+    except psutil.Error:  # it has just ended
+        return 0
+
+
+def first_logps(run: dict[str, Any]) -> dict[str, float]:
+    """The log-probs of the first step, under TRL's names."""
+    first = next(line.get("first", line) for line in run["logged"] if steps_or_first(line))
+    names = ("logps/chosen", "logps/rejected")
+    return {name: first.get(name, first.get(f"train/{name}")) for name in names}
+
+
+def steps_or_first(line: dict[str, Any]) -> bool:
+    """Whether a line holds the log-probs of a step."""
+    return "first" in line or "train/logps/chosen" in line
+
+
+def threads_of(run: dict[str, Any]) -> str:
+    """The threads that a side has taken: of ours the header says it, of TRL's its log."""
+    found = re.search(r"CPU, (\d+) thread", run["said"])
+    return found[1] if found else str(run["logged"][0]["threads"])
+
+
+def race_commands(task: common.Task, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Every side in turn, then every side again; each round has caches of its own."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for number in range(rounds):
+        caches = task.folder / f"caches-{number}"
+        shutil.rmtree(task.folder / "runs", ignore_errors=True)
+        (task.folder / "runs").mkdir()
+        ours = {OURS: our_command(task, "one"), CACHED: our_command(task, "two")}
+        for name, command in (ours | {n: their_command(task, n) for n in TRL_SIDES}).items():
+            results.setdefault(name, []).append(run := watch(command, caches))
+            print(f"round {number + 1}: {name}: {run['wall']:.1f} s", file=sys.stderr)
+        check_first_logps(task, {name: runs[-1] for name, runs in results.items()})
+    return results
+
+
+def check_first_logps(task: common.Task, runs: dict[str, dict[str, Any]]) -> float:
+    """Ends the script unless the first step's log-probs agree; the worst difference a token."""
+    first = [task.lengths[i] for i in task.order[: task.pairs_per_step]]
+    tokens = {"logps/chosen": [n[1] for n in first], "logps/rejected": [n[2] for n in first]}
+    ours = first_logps(runs[OURS])
+    worst = max(
+        abs(first_logps(run)[name] - ours[name]) / statistics.mean(tokens[name])
+        for run in runs.values()
+        for name in tokens
+    )
+    if not worst <= 1e-4:
+        sys.exit(f"the first step differs by {worst:.2g} nats a token: times would mean nothing")
+    return worst
+
+
+def command_table(task: common.Task, results: dict[str, list[dict[str, Any]]]) -> str:
+    """One row a side."""
+    measured = len(task.lengths) - task.pairs_per_step
+    speeds = {name: [measured / run["wall"] for run in runs] for name, runs in results.items()}
+    speed = {name: statistics.median(values) for name, values in speeds.items()}
+    head = ["", "threads", "pairs/s", *BASES, "whole command, s", "peak RSS, MiB"]
+    rows = [
+        [
+            name,
+            threads_of(runs[0]),
+            common.median_and_range(speeds[name]),
+            *(f"{speed[name] / speed[base]:.2f}" for base in BASES.values()),
+            common.median_and_range([run["all"] for run in runs]),
+            common.median_and_range([run["peak"] / 2**20 for run in runs]),
+        ]
+        for name, runs in results.items()
+    ]
+    return common.table(head, rows)
+
+
+def real_task(
+    folder: Path, model: Path, rows: Path, pairs: int, pairs_per_step: int
+) -> common.Task:
+    """The first rows that fit, as messages, which both trainers read alike."""
+    (folder / "model").symlink_to(model.resolve())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    kept, lengths = [], []
+    for row in map(json.loads, rows.read_text().splitlines()):
+        said = [{"role": "system", "content": row["system"]}] if row["system"] else []
+        said.append({"role": "user", "content": row["question"]})
+        answers = [[{"role": "assistant", "content": row[key]}] for key in ("chosen", "rejected")]
+        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        both = [tokenizer.apply_chat_template(said + a, return_dict=False) for a in answers]
+        fits = len(ids) <= common.MAX_PROMPT_LENGTH and max(map(len, both)) <= common.MAX_LENGTH
+        if fits and answers[0] != answers[1] and len(kept) < pairs:
+            kept.append({"prompt": said, "chosen": answers[0], "rejected": answers[1]})
+            lengths.append([len(ids), *(len(one) - len(ids) for one in both)])
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return common.Task(folder, lengths, pairs_per_step, has_tiny_rows=False)
 
 
 def list_sides(task: common.Task, budget: int) -> dict[str, common.Side]:
@@ -146,30 +358,83 @@ def check_agreement(sides: dict[str, dict[str, Any]], task: common.Task) -> str:
 
 
 def main() -> None:
-    """Checks, measures, reports."""
+    """Checks, measures, reports; or runs one side of TRL's."""
     flags = common.parser(str(__doc__))
     common.add_task_flags(flags)
+    flags.add_argument("--model", type=Path, help="a real model's folder, with --rows")
+    flags.add_argument("--rows", type=Path, help="real rows, in the format of orca_dpo_pairs")
+    flags.add_argument("--pairs-per-step", type=int, default=common.PAIRS_PER_STEP)
+    flags.add_argument("--run-side", choices=TRL_SIDES, help=argparse.SUPPRESS)
+    flags.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = flags.parse_args()
     if not find_spec("trl"):
         print("TRL is not installed: pip install -e '.[peers]'", file=sys.stderr)
         sys.exit(2)
-    with tempfile.TemporaryDirectory() as folder:
-        task = common.prepare(args, Path(folder))
-        sides = list_sides(task, args.tokens_per_microbatch)
-        counted = {name: side(counts_flops=True) for name, side in sides.items()}
-        agreement = check_agreement(counted, task)
-        rounds = common.interleave(sides, args.rounds)
-        packages = ["torch", "transformers", "peft", "accelerate", "trl"]
+    if args.run_side:
+        run_one(args)
+        return
+    packages = ["torch", "transformers", "peft", "accelerate", "trl"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.model:
+            task = real_task(folder, args.model, args.rows, args.pairs, args.pairs_per_step)
+            what = f"{args.model.name}, fp32, on real rows of `{args.rows.name}`"
+        else:
+            task = common.Task(
+                folder, common.draw_lengths(args.pairs, args.scale), has_tiny_rows=False
+            )
+            task.write(args.layers)
+            what = (
+                f"Mistral's architecture, {args.layers} layers of 384 (MLP 1344, 6 heads of 64, 2 "
+                f"for keys), vocabulary {common.VOCAB}, fp32; lengths of `orca_lengths.json`"
+            )
+        results = race_commands(task, args.rounds)
+        worst = check_first_logps(task, {name: runs[-1] for name, runs in results.items()})
+        means = [statistics.mean(n) for n in zip(*task.lengths, strict=True)]
+        keys = " ".join(our_keys(task)).replace(f"{folder}/", "") + " --train.output_dir OUT"
+        notes = NOTES.format(launch=" ".join(LAUNCH), keys=keys, pairs=task.pairs_per_step)
         report = f"""# Against TRL
 
-{common.provenance(args.threads, packages)}
+{common.provenance(os.cpu_count() or 1, packages)}
 
-{common.race_table(task, common.clock(args), counted, rounds, BASES)}
+{command_table(task, results)}
 
-{common.describe(args, task)} {agreement}
+{what}. Median (lowest to highest) of {args.rounds} interleaved rounds, wall time from the end of \
+the first step to that of the last of {task.num_steps}: {len(task.lengths) - task.pairs_per_step} \
+pairs in steps of {task.pairs_per_step}; on average {means[0]:.0f} prompt, {means[1]:.0f} chosen \
+and {means[2]:.0f} rejected tokens. LoRA r 16 on all linear layers, dropout 0.05. Peak RSS: of the \
+largest process, read from outside. The first step's log-probs were within {worst:.1e} nats a token.
 
-{NOTES.format(budget=args.tokens_per_microbatch)}"""
+{notes}"""
+        if not args.model:
+            report += f"\n{counted_table(args, folder)}"
     common.publish(report, args.output)
+
+
+def counted_table(args: argparse.Namespace, folder: Path) -> str:
+    """FLOPs and tokens a pair, counted in one step; the sides agree to the gradient norm."""
+    (folder / "counted").mkdir()
+    task = common.prepare(args, folder / "counted")
+    sides = list_sides(task, args.tokens_per_microbatch)
+    counted = {name: side(counts_flops=True) for name, side in sides.items()}
+    agreement = check_agreement(counted, task)
+    pairs = common.PAIRS_PER_STEP
+    rows = [
+        [name, f"{run['flops'] / pairs / 1e9:.1f}", f"{run['tokens'] / pairs:.0f}"]
+        for name, run in counted.items()
+    ]
+    table = common.table(["", "GFLOP a pair", "tokens a pair"], rows)
+    return f"{table}\n\nCounted in one step of {pairs} pairs, without dropout. {agreement}\n"
+
+
+def run_one(args: argparse.Namespace) -> None:
+    """Runs one side of TRL's, for a parent that watches its file."""
+    rows = (args.folder / "rows.jsonl").read_text().splitlines()
+    task = common.Task(
+        args.folder, [[0, 0, 0]] * len(rows), args.pairs_per_step, has_tiny_rows=False
+    )
+    log: Any = StepLog(args.folder / "runs" / f"{args.run_side}.jsonl")
+    run_trl(log, task, dropout=0.05, **TRL_SIDES[args.run_side])
 
 
 if __name__ == "__main__":
