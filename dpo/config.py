@@ -319,7 +319,7 @@ class Config:
                 "true or gaussian: with the others the base under the adapter, which is the "
                 "reference, is not the model that training starts from",
             )
-        if self.lora.use_dora and model.dtype != "float32":
+        if self.lora.use_dora and model.dtype not in ("float32", "auto"):  # see settle_dtype
             refuse(
                 "lora.use_dora",
                 True,

@@ -138,7 +138,7 @@ tokens.BATCH_ROWS, tokens._num_workers = 3, lambda num_rows: 2
 tokens.to_preference = lambda *args, **kwargs: time.sleep(60)
 start = workers._start
 # One write a line: two workers that `print` to one pipe may mix their lines.
-workers._start = lambda work: (os.write(1, f"{os.getpid()}\n".encode()), start(work))
+workers._start = lambda work: (os.write(1, f"{os.getpid()}\\n".encode()), start(work))
 load_data(config(sys.argv[1]), build(BASE))
 """
 

@@ -25,9 +25,9 @@ def with_free(monkeypatch, free):
 
 
 def test_what_is_free_decides_and_the_gradient_stays_the_same(tmp_path, monkeypatch):
-    """A run that is given 30 MB cuts its steps; its gradients and metrics are those of one cut."""
+    """A run that is given 25 MB cuts its steps; its gradients and metrics are those of one cut."""
     whole = step_gradients(config(tmp_path, "--train.output_dir", tmp_path / "whole"))
-    with_free(monkeypatch, 30e6)
+    with_free(monkeypatch, 25e6)
     one = started(config(tmp_path, *AUTO, "--train.output_dir", tmp_path / "one"))
     assert one.data.train.longest_in_files == max(pair.num_stream_tokens for pair in one.data.train)
     sizes = [one.data.train[i].num_stream_tokens for i in one.order.indices(1)]

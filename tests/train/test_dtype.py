@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from dpo.cli import load, parse
+from dpo.errors import UserError
 from dpo.plan.fit import choose_dtype
 from dpo.train import ahead
-from tests.train.runs import config, killed, model_folder, run, training
+from tests.train.runs import config, killed, model_folder, run, started, training
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 AUTO = ["--model.dtype", "auto"]
@@ -83,3 +84,13 @@ def test_the_reference_is_cached_in_the_type_that_training_takes(tmp_path, store
     assert ahead.cache_reference(config(tmp_path, *flags)).startswith("24 pairs computed")
     run(config(tmp_path, *flags))
     assert "0 pairs computed" in capsys.readouterr().out
+
+
+def test_what_a_type_rules_out_is_refused_once_auto_is_settled(tmp_path, stored, machine):
+    flags = ["--model.name_or_path", stored, *AUTO, "--lora.use_dora", "true"]
+    machine(0.5)
+    with pytest.raises(UserError, match=r"wanted false, since model\.dtype is bfloat16"):
+        started(config(tmp_path, *flags))
+    assert not (tmp_path / "run").exists()
+    machine(7.0)
+    assert started(config(tmp_path, *flags)).config.model.dtype == "float32"
