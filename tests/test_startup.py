@@ -16,6 +16,8 @@ from dpo.data.loader import load_data
 from dpo.model.named import load_tokenizer
 from tests.report.fake_run import fake_run
 
+pytestmark = pytest.mark.slow  # each is a process of its own
+
 HEAVY = (
     "torch transformers transformers.modeling_utils accelerate datasets pandas peft bitsandbytes "
     "matplotlib matplotlib.pyplot lm_eval sklearn torchvision accelerate.commands.launch"
