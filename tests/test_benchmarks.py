@@ -14,7 +14,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dpo.data.loader import load_data
 from dpo.data.stream import build_stream
+from dpo.model.named import load_tokenizer
+from tests.models import QUICKSTART_MODEL
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -106,6 +109,66 @@ def test_sides_that_compute_different_things_end_the_comparison(changes):
     sides = {compare_trl.OURS: side(), compare_trl.DEFAULTS: side(**changes)}
     with pytest.raises(SystemExit, match=r"differs by|other weights"):
         compare_trl.check_agreement(sides, task)
+
+
+WRITES_STEPS = """
+import json, os, sys, time
+print("device: 1 x CPU, 3 threads")
+for step in range(3):
+    with open(sys.argv[1], "a") as file:
+        line = {"step": step, "train/logps/chosen": -80.0, "train/logps/rejected": -90.0}
+        file.write(json.dumps(line) + chr(10) + json.dumps({"step": 1, "eval/loss": 0.0}) + chr(10))
+    time.sleep(0.5)
+sys.exit(os.environ.get("OMP_NUM_THREADS", 0))
+"""
+
+
+def test_a_command_is_timed_from_its_first_logged_step_to_its_last(tmp_path, monkeypatch):
+    import compare_trl
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # which nobody gives a user's command
+    file = tmp_path / "metrics.jsonl"
+    command = compare_trl.Command([sys.executable, "-c", WRITES_STEPS, str(file)], file)
+    run = compare_trl.watch(command, tmp_path)
+    assert 0.8 < run["wall"] < run["all"] - 0.4
+    assert run["peak"] > 2**20
+    assert compare_trl.threads_of(run) == "3"
+    theirs = {"logged": [{"threads": 2}, {"first": {"logps/chosen": -80, "logps/rejected": -90}}]}
+    assert compare_trl.threads_of(theirs | {"said": ""}) == "2"
+    task = SimpleNamespace(lengths=[[5, 10, 10]] * 16, order=[*range(16)], pairs_per_step=16)
+    assert compare_trl.check_first_logps(task, {compare_trl.OURS: run, "TRL": theirs}) == 0
+    theirs["logged"][1]["first"]["logps/chosen"] = -80.01
+    with pytest.raises(SystemExit, match=r"differs by 0\.001 nats a token"):
+        compare_trl.check_first_logps(task, {compare_trl.OURS: run, "TRL": theirs})
+
+
+def test_a_command_that_fails_ends_the_comparison_with_what_it_said(tmp_path):
+    import compare_trl
+
+    command = compare_trl.Command([sys.executable, "-c", "1 / 0"], tmp_path / "none")
+    with pytest.raises(SystemExit, match="ZeroDivisionError"):
+        compare_trl.watch(command, tmp_path)
+
+
+def test_real_rows_become_messages_and_those_that_do_not_fit_are_left_out(tmp_path):
+    import common
+    import compare_trl
+
+    row = {"system": "s", "question": "q", "chosen": "a b", "rejected": "c"}
+    rows = [row, row | {"chosen": "long " * 2000}, row | {"rejected": "a b"}, row | {"system": ""}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task").mkdir()
+    task = compare_trl.real_task(tmp_path / "task", Path(QUICKSTART_MODEL), file, 120, 2)
+    kept = [json.loads(line) for line in (task.folder / "rows.jsonl").read_text().splitlines()]
+    assert [len(row["prompt"]) for row in kept] == [2, 1]
+    assert (task.num_rows, task.num_steps, len(task.lengths)) == (2, 1, 2)
+    config = common.our_config(task)
+    pairs = load_data(config, load_tokenizer(config.model)).train
+    lengths = [[*map(len, (p.prompt_ids, p.chosen_ids, p.rejected_ids))] for p in pairs]
+    # The template writes a line break after a turn, which is not scored here.
+    differences = torch.tensor(task.lengths) - torch.tensor(lengths)
+    assert differences.tolist() == [[0, 1, 1]] * 2
 
 
 def test_without_trl_it_is_said_how_to_install_it(monkeypatch, capsys):
