@@ -34,7 +34,7 @@ from dpo.plan.flops import costs
 from dpo.plan.gpus import peak_tflops
 from dpo.plan.plan import time_on_this_cpu
 from dpo.ranks import main_first, on_main, smallest_over_ranks, sum_over_ranks
-from dpo.report.page import is_up_to_date, write_report
+from dpo.report.page import write_report
 from dpo.train import checkpoint as checkpoints
 from dpo.train.budget import load_policy_to_fit, probe_pairs, settle_dtype, token_budget
 from dpo.train.header import header
@@ -322,11 +322,8 @@ class Run:
 
     def _write_report(self) -> None:
         """Writes the report; all else is saved by now, so a failure is told and fails no run."""
-        file = self.folder / run_folder.REPORT
         try:
-            if not is_up_to_date(self.folder, file):
-                write_report(self.folder)
-            print(f"The report is in {file}.")
+            print(f"The report is in {write_report(self.folder)}.")
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             print(
