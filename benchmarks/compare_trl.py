@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -160,8 +160,9 @@ class StepLog:
         self._write({"step": step})
 
     def result(self, logged: list[dict[str, Any]]) -> None:
-        """Writes what the first step logged."""
-        self._write({"first": logged[0]})
+        """Writes what the first step logged, under our names; it is no step of its own."""
+        first = {f"train/{name}": value for name, value in logged[0].items()}
+        self._write(first)
 
     def _write(self, line: dict[str, Any]) -> None:
         with self._file.open("a") as file:
@@ -220,10 +221,10 @@ def watch(command: Command, caches: Path) -> dict[str, Any]:
     }
 
 
-def steps_in(file: Path) -> list[str]:
+def steps_in(file: Path) -> list[dict[str, Any]]:
     """The lines of training steps that a side has logged so far."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [line for line in lines if '"step"' in line and "eval/" not in line]
+    whole = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [line for line in map(json.loads, whole) if "step" in line and "eval/loss" not in line]
 
 
 def resident(pid: int) -> int:
@@ -235,26 +236,19 @@ def resident(pid: int) -> int:
         return 0
 
 
-def first_logps(run: dict[str, Any]) -> dict[str, float]:
-    """The log-probs of the first step, under TRL's names."""
-    first = next(line.get("first", line) for line in run["logged"] if steps_or_first(line))
-    names = ("logps/chosen", "logps/rejected")
-    return {name: first.get(name, first.get(f"train/{name}")) for name in names}
-
-
-def steps_or_first(line: dict[str, Any]) -> bool:
-    """Whether a line holds the log-probs of a step."""
-    return "first" in line or "train/logps/chosen" in line
-
-
 def threads_of(run: dict[str, Any]) -> str:
     """The threads that a side has taken: of ours the header says it, of TRL's its log."""
     found = re.search(r"CPU, (\d+) thread", run["said"])
     return found[1] if found else str(run["logged"][0]["threads"])
 
 
-def race_commands(task: common.Task, rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Every side in turn, then every side again; each round has caches of its own."""
+def race_commands(task: common.Task, rounds: int) -> tuple[dict[str, list[dict[str, Any]]], float]:
+    """Every side in turn, then every side again; each round has caches of its own.
+
+    Returns:
+        The runs by side, and by how many nats a token their first steps differ.
+    """
+    worst = 0.0
     results: dict[str, list[dict[str, Any]]] = {}
     for number in range(rounds):
         caches = task.folder / f"caches-{number}"
@@ -264,20 +258,34 @@ def race_commands(task: common.Task, rounds: int) -> dict[str, list[dict[str, An
         for name, command in (ours | {n: their_command(task, n) for n in TRL_SIDES}).items():
             results.setdefault(name, []).append(run := watch(command, caches))
             print(f"round {number + 1}: {name}: {run['wall']:.1f} s", file=sys.stderr)
-        check_first_logps(task, {name: runs[-1] for name, runs in results.items()})
-    return results
+        last = {name: runs[-1] for name, runs in results.items()}
+        worst = max(worst, check_first_logps(task, last))
+    return results, worst
+
+
+def without_prefix(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of ours under TRL's names."""
+    return {name.removeprefix("train/"): value for name, value in line.items()}
+
+
+def worst_nats(task: common.Task, first: dict[str, dict[str, Any]]) -> float:
+    """How far the first real steps of all sides are from ours, in nats a token of the answers."""
+    lengths = task.lengths[: task.pairs_per_step]
+    tokens = {"logps/chosen": [n[1] for n in lengths], "logps/rejected": [n[2] for n in lengths]}
+    return max(
+        abs(line[name] - first[OURS][name]) / statistics.mean(tokens[name])
+        for line in first.values()
+        for name in tokens
+    )
 
 
 def check_first_logps(task: common.Task, runs: dict[str, dict[str, Any]]) -> float:
     """Ends the script unless the first step's log-probs agree; the worst difference a token."""
-    first = [task.lengths[i] for i in task.order[: task.pairs_per_step]]
-    tokens = {"logps/chosen": [n[1] for n in first], "logps/rejected": [n[2] for n in first]}
-    ours = first_logps(runs[OURS])
-    worst = max(
-        abs(first_logps(run)[name] - ours[name]) / statistics.mean(tokens[name])
-        for run in runs.values()
-        for name in tokens
-    )
+    lines = {
+        name: next(line for line in run["logged"] if "train/logps/chosen" in line)
+        for name, run in runs.items()
+    }
+    worst = worst_nats(task, {name: without_prefix(line) for name, line in lines.items()})
     if not worst <= 1e-4:
         sys.exit(f"the first step differs by {worst:.2g} nats a token: times would mean nothing")
     return worst
@@ -321,7 +329,8 @@ def real_task(
             kept.append({"prompt": said, "chosen": answers[0], "rejected": answers[1]})
             lengths.append([len(ids), *(len(one) - len(ids) for one in both)])
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    return common.Task(folder, lengths, pairs_per_step, has_tiny_rows=False)
+    task = common.Task(folder, lengths, pairs_per_step, has_tiny_rows=False)
+    return replace(task, lengths=[lengths[i] for i in task.order])  # as training sees them
 
 
 def list_sides(task: common.Task, budget: int) -> dict[str, common.Side]:
@@ -336,15 +345,13 @@ def list_sides(task: common.Task, budget: int) -> dict[str, common.Side]:
 
 def check_agreement(sides: dict[str, dict[str, Any]], task: common.Task) -> str:
     """Ends the script unless all sides start from one adapter and compute the same first step."""
-    first = task.lengths[: common.PAIRS_PER_STEP]
-    lengths = {"logps/chosen": [n[1] for n in first], "logps/rejected": [n[2] for n in first]}
     ours = sides[OURS]["logged"][common.WARM_UP_STEPS]
-    nats = norm = 0.0
+    nats = worst_nats(task, {n: side["logged"][common.WARM_UP_STEPS] for n, side in sides.items()})
+    norm = 0.0
     for name, side in sides.items():
         if side["adapter"] != sides[OURS]["adapter"]:
             sys.exit(f"{name}: its adapter starts from other weights than ours")
         its = side["logged"][common.WARM_UP_STEPS]
-        nats = max(nats, *(abs(its[k] - ours[k]) / statistics.mean(lengths[k]) for k in lengths))
         norm = max(norm, abs(its["grad_norm"] / ours["grad_norm"] - 1))
     if not (nats <= 1e-4 and norm <= 1e-3):
         sys.exit(
@@ -388,8 +395,7 @@ def main() -> None:
                 f"Mistral's architecture, {args.layers} layers of 384 (MLP 1344, 6 heads of 64, 2 "
                 f"for keys), vocabulary {common.VOCAB}, fp32; lengths of `orca_lengths.json`"
             )
-        results = race_commands(task, args.rounds)
-        worst = check_first_logps(task, {name: runs[-1] for name, runs in results.items()})
+        results, worst = race_commands(task, args.rounds)
         means = [statistics.mean(n) for n in zip(*task.lengths, strict=True)]
         keys = " ".join(our_keys(task)).replace(f"{folder}/", "") + " --train.output_dir OUT"
         notes = NOTES.format(launch=" ".join(LAUNCH), keys=keys, pairs=task.pairs_per_step)

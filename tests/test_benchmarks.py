@@ -93,7 +93,7 @@ def side(**changes):
 def test_sides_that_agree_are_said_to():
     import compare_trl
 
-    task = SimpleNamespace(lengths=[[5, 10, 10]] * 16)
+    task = SimpleNamespace(lengths=[[5, 10, 10]] * 16, pairs_per_step=16)
     sides = {compare_trl.OURS: side(), compare_trl.DEFAULTS: side(grad_norm=2.0001)}
     assert "gradient norm within 5" in compare_trl.check_agreement(sides, task)
 
@@ -105,7 +105,7 @@ def test_sides_that_compute_different_things_end_the_comparison(changes):
     """0.01 nats over answers of 10 tokens are 1e-3 nats a token."""
     import compare_trl
 
-    task = SimpleNamespace(lengths=[[5, 10, 10]] * 16)
+    task = SimpleNamespace(lengths=[[5, 10, 10]] * 16, pairs_per_step=16)
     sides = {compare_trl.OURS: side(), compare_trl.DEFAULTS: side(**changes)}
     with pytest.raises(SystemExit, match=r"differs by|other weights"):
         compare_trl.check_agreement(sides, task)
@@ -133,11 +133,14 @@ def test_a_command_is_timed_from_its_first_logged_step_to_its_last(tmp_path, mon
     assert 0.8 < run["wall"] < run["all"] - 0.4
     assert run["peak"] > 2**20
     assert compare_trl.threads_of(run) == "3"
-    theirs = {"logged": [{"threads": 2}, {"first": {"logps/chosen": -80, "logps/rejected": -90}}]}
+    assert [line["step"] for line in compare_trl.steps_in(file)] == [0, 1, 2]
+    compare_trl.StepLog(file).result([{"step": 1, "logps/chosen": -80.0}])
+    assert len(compare_trl.steps_in(file)) == 3  # what is written at the end is no step
+    theirs = {"logged": [{"threads": 2}, {"train/logps/chosen": -80, "train/logps/rejected": -90}]}
     assert compare_trl.threads_of(theirs | {"said": ""}) == "2"
-    task = SimpleNamespace(lengths=[[5, 10, 10]] * 16, order=[*range(16)], pairs_per_step=16)
+    task = SimpleNamespace(lengths=[[5, 10, 10]] * 16, pairs_per_step=16)
     assert compare_trl.check_first_logps(task, {compare_trl.OURS: run, "TRL": theirs}) == 0
-    theirs["logged"][1]["first"]["logps/chosen"] = -80.01
+    theirs["logged"][1]["train/logps/chosen"] = -80.01
     with pytest.raises(SystemExit, match=r"differs by 0\.001 nats a token"):
         compare_trl.check_first_logps(task, {compare_trl.OURS: run, "TRL": theirs})
 
@@ -167,7 +170,7 @@ def test_real_rows_become_messages_and_those_that_do_not_fit_are_left_out(tmp_pa
     pairs = load_data(config, load_tokenizer(config.model)).train
     lengths = [[*map(len, (p.prompt_ids, p.chosen_ids, p.rejected_ids))] for p in pairs]
     # The template writes a line break after a turn, which is not scored here.
-    differences = torch.tensor(task.lengths) - torch.tensor(lengths)
+    differences = torch.tensor(task.lengths) - torch.tensor([lengths[i] for i in task.order])
     assert differences.tolist() == [[0, 1, 1]] * 2
 
 
