@@ -72,4 +72,6 @@ def test_the_wheel_trains_where_the_repository_is_not(built, tmp_path):
     assert "runs/quickstart/final" in dpo("train", "--train.max_steps", "2")
     assert "verified" in dpo("merge", "runs/quickstart")
     assert "policy:" in dpo("generate", "runs/quickstart/merged", "Which?")
+    assert "up to date" in dpo("report", "runs/quickstart")
+    (tmp_path / "runs/quickstart/report.html").unlink()
     assert "The report is in" in dpo("report", "runs/quickstart")

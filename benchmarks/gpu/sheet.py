@@ -332,13 +332,21 @@ def predict_recipe(setup: Setup) -> dict[str, Prediction]:
         trl = Traced(setup, trl=True, checkpointed=checkpointed)
         batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
         theirs = [trl.cost(batch, layers) for batch in batches]
-        peak = in_4_bits + max(trl.bytes(batch, layers) for batch in batches)
+        widest = max(batches, key=longest_row)
+        peak = in_4_bits + trl.bytes(widest, layers)
         say(
             name,
             peak,
             lambda card, theirs=theirs: sum(c.seconds(card, nf4=True) for c in theirs) + waits,
         )
     return said
+
+
+def longest_row(pairs: Sequence[TokenizedPair]) -> int:
+    """The length to which a padded batch's rows are filled."""
+    return max(
+        len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs
+    )
 
 
 def in_one_order(cost: Cost) -> Cost:
