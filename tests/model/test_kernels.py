@@ -1,5 +1,6 @@
 """Norm and product have the gradients of their values; weights are cast once a step."""
 
+import math
 import weakref
 
 import bitsandbytes.optim
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo.config import OptimConfig
 from dpo.model import kernels
-from dpo.model.kernels import Call, Product, cast_once, rms_norm
+from dpo.model.kernels import Call, Product, cast_once, dropout, rms_norm
 from dpo.train.optim import build_optimizer
 
 
@@ -103,6 +104,25 @@ def test_under_checkpointing_no_input_of_a_norm_outlives_the_forward():
     assert alive[0]() is None
     expected = torch.autograd.grad(layer(x, w), (x, w))
     assert all(map(torch.equal, torch.autograd.grad(result, (x, w)), expected))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.5, 0.9, 1 - 2**-20])
+def test_dropout_drops_its_share_at_random_and_keeps_the_mean(rate):
+    """Shares within five standard errors; no number depends on its neighbours, with which it
+    shares 64 drawn bits, nor on the number below it."""
+    n = 999_999  # the last draw serves three numbers
+    out, kept = dropout(torch.full((n // 3, 3), 2.0), rate)
+    error = 5 * math.sqrt(max(rate * (1 - rate), 1e-6) / n)
+    assert abs(kept.float().mean().item() - (1 - rate)) < error + 2**-16
+    assert torch.equal(out, kept * torch.tensor(2.0).div(1 - rate))
+    centred = kept.flatten().double() - (1 - rate)
+    for step in (1, 2, 3, 4):
+        both = (centred[step:] * centred[:-step]).mean().abs()
+        assert both < 5 * max(rate * (1 - rate), 1e-6) / math.sqrt(n)
+    torch.manual_seed(0)
+    first = dropout(torch.ones(5, 3), rate)[1]
+    torch.manual_seed(0)
+    assert torch.equal(first, dropout(torch.ones(5, 3), rate)[1])
 
 
 def test_dropouts_gradient_is_not_scaled_by_a_rounded_rate():
