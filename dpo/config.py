@@ -211,7 +211,8 @@ class TrainConfig:
     num_train_epochs: int = 1
     """Passes over the data, when max_steps is -1."""
     tokens_per_microbatch: int | Literal["auto"] = "auto"
-    """How many tokens go through the model at once; the result is the same. auto: what fits."""
+    """How many tokens go through the model at once; the result is the same. auto: what fits,
+    on a CPU what is fastest of that."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward: less memory, a third more work."""
     peak_tflops: float | None = None

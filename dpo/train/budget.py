@@ -1,12 +1,13 @@
 """How many tokens go through the model at once, throughout the run.
 
 At the start one micro-batch is scored and differentiated, and `dpo.plan.fit` says from its bytes
-how many tokens fit. `Budget` then follows what really happens: it shrinks if memory runs out
-nevertheless, and grows again later.
+how many tokens fit; on a CPU, where smaller micro-batches may be faster, some are timed. `Budget`
+then follows what really happens: it shrinks if memory runs out nevertheless, and grows again later.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from accelerate.utils import set_seed
 from dpo import run_folder
 from dpo.cli import load
 from dpo.config import Config
-from dpo.data.order import Order
+from dpo.data.order import Order, micro_batches
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
 from dpo.logps import pair_logps
@@ -31,6 +32,9 @@ from dpo.plan.memory import free_bytes, peak_bytes
 from dpo.ranks import on_main, smallest_over_ranks
 
 PROBE_TOKENS = 2048  # so many that the bytes which do not depend on tokens count for little
+FEWER_TOKENS = (1024, 512)  # are tried on a CPU: fewer stay in its caches
+FASTER = 0.95  # fewer tokens are taken if they need less than this share of the time
+TRIAL_SECONDS = 20.0  # where the pairs take longer, products are all that counts
 STEPS_TO_RECOVER = 50  # a failed attempt costs a micro-batch or two
 
 
@@ -128,13 +132,13 @@ def _auto_budget(
 ) -> Budget:
     """A budget of as many tokens as fit, measured on some pairs."""
     device = accelerator.device
-    stream = build_stream(pairs).to(device)
     reference = models.reference if models.reference.is_absent else models.reference.live
     for parameter in models.trained:  # allocate gradients first, so that they are not counted
         parameter.grad = torch.zeros_like(parameter)
     moments = optimizer_bytes(models.trained, config.optim.name)
 
-    def score_and_differentiate() -> None:
+    def score_and_differentiate(pairs: Sequence[TokenizedPair]) -> None:
+        stream = build_stream(pairs).to(device)
         with accelerator.no_sync(models.scorer):
             logps = pair_logps(
                 models.scorer(stream), reference(stream), stream.sequence_ids, stream.num_pairs
@@ -144,7 +148,8 @@ def _auto_budget(
     def measure(saving: Saving) -> tuple[float, float]:
         save_memory(models, accelerator, saving)
         try:
-            per_token = peak_bytes(device, score_and_differentiate) / len(stream.input_ids)
+            peak = peak_bytes(device, lambda: score_and_differentiate(pairs))
+            per_token = peak / sum(pair.num_stream_tokens for pair in pairs)
             return per_token, float(free_bytes(device) - moments)
         except torch.OutOfMemoryError:
             return math.inf, 0.0
@@ -156,6 +161,10 @@ def _auto_budget(
         device_type=device.type,
         agree=lambda tokens: smallest_over_ranks(accelerator, tokens),
     )
+    tokens, tried = fit.tokens, ""
+    if device.type == "cpu" and fit.tokens >= longest and not config.train.deterministic:
+        tokens, tried = fastest(fit.tokens, pairs, score_and_differentiate)
+        tokens = smallest_over_ranks(accelerator, tokens)
     models.policy.model.zero_grad()
     if fit.tokens < longest:
         raise UserError(
@@ -164,10 +173,39 @@ def _auto_budget(
             "model.quantization nf4, a smaller model or a device with more memory."
         )
     reason = (
-        f"{fit.tokens} tokens a micro-batch, {fit.saving}: a token takes "
-        f"{fit.bytes_per_token / 1024:.4g} KiB, {fit.free_bytes / 2**30:.3g} GiB are free"
+        f"{tokens} tokens a micro-batch, {fit.saving}: a token takes "
+        f"{fit.bytes_per_token / 1024:.4g} KiB, {fit.free_bytes / 2**30:.3g} GiB are free{tried}"
     )
-    return Budget(fit.tokens, fit.saving, reason, full=fit.tokens)
+    return Budget(tokens, fit.saving, reason, full=tokens)
+
+
+def fastest(
+    most: int,
+    pairs: Sequence[TokenizedPair],
+    work: Callable[[Sequence[TokenizedPair]], object],
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[int, str]:
+    """The tokens of a micro-batch, up to `most`, that take the pairs through soonest; and in words.
+
+    The same pairs are cut in each way, and each way is timed once.
+    """
+    sizes = [pair.num_stream_tokens for pair in pairs]
+    ways = {}  # numbers that cut the pairs alike: the largest is tried
+    for tokens in (most, *(fewer for fewer in FEWER_TOKENS if fewer < most)):
+        ways.setdefault(str(cut := micro_batches(sizes, tokens)), (tokens, cut))
+    seconds: dict[int, float] = {}
+    for tokens, cut in ways.values() if len(ways) > 1 else ():
+        began = clock()
+        for chosen in cut:
+            work([pairs[i] for i in chosen])
+        seconds[tokens] = clock() - began
+        if seconds[tokens] > TRIAL_SECONDS:
+            break
+    best = most
+    for tokens, taken in seconds.items():
+        best = tokens if taken < FASTER * seconds[best] else best
+    each = ", ".join(f"{tokens} in {taken:.2g} s" for tokens, taken in seconds.items())
+    return best, f"; the first pairs go through {each}" if seconds else ""
 
 
 def settle_dtype(

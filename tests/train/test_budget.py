@@ -13,7 +13,7 @@ from dpo.plan.fake import FakePolicy
 from dpo.plan.fit import MOST_TOKENS, SAVINGS, memory_parts
 from dpo.plan.memory import peak_bytes
 from dpo.train import budget as budget_module
-from dpo.train.budget import STEPS_TO_RECOVER, Budget, probe_pairs, token_budget
+from dpo.train.budget import STEPS_TO_RECOVER, Budget, fastest, probe_pairs, token_budget
 from tests.train.runs import assert_same_gradients, config, run, started, step_gradients, training
 
 AUTO = ["--train.tokens_per_microbatch", "auto"]
@@ -51,8 +51,75 @@ def test_a_full_micro_batch_takes_about_nine_tenths_of_what_was_free(tmp_path, m
 
 
 def test_with_memory_for_everything_it_stays_below_the_most(tmp_path, monkeypatch):
+    """And where no clock may decide, it is just that."""
     with_free(monkeypatch, 1e15)
-    assert started(config(tmp_path, *AUTO)).train_step.budget.tokens == MOST_TOKENS["cpu"]
+    flags = [*AUTO, "--train.deterministic", "true"]
+    assert started(config(tmp_path, *flags)).train_step.budget.tokens == MOST_TOKENS["cpu"]
+
+
+class Machine:
+    """A clock, and work that takes it forward: seconds by the tokens of a micro-batch."""
+
+    def __init__(self, seconds):
+        self.now, self.seconds, self.cuts = 0.0, seconds, []
+
+    def work(self, pairs):
+        self.cuts.append(sum(pair.num_stream_tokens for pair in pairs))
+        self.now += self.seconds(self.cuts[-1]) / 1000
+
+    def choose(self, most, pairs):
+        return fastest(most, pairs, self.work, lambda: self.now)
+
+
+EIGHT = [TokenizedPair([1] * 101, [2] * 50, [3] * 101)] * 8  # of 250 tokens each
+
+
+@pytest.mark.parametrize(
+    ("seconds", "most", "chosen"),
+    [
+        (lambda n: n, 2048, 2048),  # all alike: the fewest micro-batches
+        (lambda n: n + 40 * (n > 1024), 2048, 2048),  # not worth it
+        (lambda n: n + n * (n > 1024), 2048, 1024),  # a cache of so many
+        (lambda n: n**2 / 1000, 2048, 512),
+        (lambda n: n + 9999, 2048, 2048),  # each micro-batch has a cost of its own
+        (lambda n: n**2 / 1000, 800, 512),  # memory has room for no more
+        (lambda n: n + 9999, 800, 800),
+        (lambda n: n**2, 2048, 2048),  # 4,000 s: nothing else is tried
+    ],
+)
+def test_on_a_cpu_the_fastest_of_what_fits_is_taken(seconds, most, chosen):
+    machine = Machine(seconds)
+    tokens, said = machine.choose(most, EIGHT)
+    assert tokens == chosen
+    assert max(machine.cuts) <= most
+    assert f"{chosen} in " in said
+    assert sum(machine.cuts) == 2000 * said.count(" in ")  # the same pairs each time
+
+
+def test_ways_that_cut_alike_are_not_tried():
+    machine = Machine(lambda n: n)
+    assert machine.choose(2048, EIGHT[:1]) == (2048, "")
+    assert machine.cuts == []
+
+
+def test_a_run_on_a_cpu_takes_what_was_fastest_and_says_so(tmp_path, monkeypatch):
+    """Whatever is fastest, the gradient is the same, and nothing is left of the trial."""
+    whole = step_gradients(config(tmp_path, "--train.output_dir", tmp_path / "whole"))
+    tried = []
+
+    def at_300(most, pairs, work):
+        work(pairs)
+        tried.append(most)
+        return 300, "; the first pairs go through 300 in 1 s"
+
+    monkeypatch.setattr(budget_module, "fastest", at_300)
+    one = started(config(tmp_path, *AUTO, "--train.output_dir", tmp_path / "one"))
+    assert one.train_step.budget.tokens == one.train_step.budget.full == 300
+    assert len(tried) == 1
+    said = "are free; the first pairs go through 300 in 1 s\n"
+    assert said in (tmp_path / "one" / "header.txt").read_text()
+    assert all(p.grad is None or not p.grad.any() for p in one.models.trained)
+    assert_same_gradients(step_gradients(config(tmp_path, *AUTO)), whole)
 
 
 def test_a_resumed_run_cuts_its_steps_as_before_whatever_is_free_then(tmp_path, monkeypatch):
