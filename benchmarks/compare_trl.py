@@ -57,6 +57,7 @@ NOTES = """\
 - TRL, defaults: activation checkpointing, and 4 pairs a batch, padded to the longest of its 8 rows.
   Not its defaults: fp32 (it would take bf16), accumulation to {pairs} pairs, max_length 1536.
 - Tuned by hand: 1 pair a batch, {pairs} accumulations, no checkpointing.
+- Answers end with the token that ends them: TRL alone would score a line break behind it too.
 - On a CPU, TRL's head scores prompt and padding too; on a GPU it scores answers alone.
 """
 ROOT = Path(__file__).parents[1]
@@ -115,8 +116,22 @@ def run_trl(
         ),
         callbacks=[_Reports(race)],
     )
+    end = trainer.processing_class.eos_token_id
+    trainer.train_dataset = trainer.train_dataset.map(partial(up_to_the_end, end=end))
     trainer.train()
     return race.result(trainer.state.log_history)
+
+
+def up_to_the_end(row: dict[str, Any], end: int) -> dict[str, Any]:
+    """A row of TRL's without what its template writes after the token that ends an answer.
+
+    TRL scores the line break that ChatML has there; we stop where generation does.
+    """
+    found = {}
+    for name in ("chosen_ids", "rejected_ids"):
+        ids = row[name]
+        found[name] = ids[: len(ids) - ids[::-1].index(end)] if end in ids else ids
+    return row | found
 
 
 class _Reports(TrainerCallback):
