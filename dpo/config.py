@@ -111,6 +111,10 @@ class DataConfig:
     """Split to train on."""
     format: str = "auto"
     """Shape of the rows, a name of dpo.data.formats.FORMATS; auto recognises it."""
+    ignored_columns: list[str] = field(default_factory=list)
+    """Columns that are no part of a row although their names may be those of one."""
+    max_dropped: float = 0.1
+    """Largest share of the rows that may be dropped for one reason; overlong ones do not count."""
     eval_fraction: float = 0.0
     """Share of the prompts that is held out for evaluation; 0 evaluates nothing."""
     eval_path: str | None = None
@@ -127,6 +131,8 @@ class DataConfig:
     """What a long prompt loses: frame, the beginning of its first user message; left, its own."""
     chat_template: str = "auto"
     """auto: the tokenizer's, or ChatML if it has none; chatml; none: refuse messages; or a file."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """What the template is given, e.g. {enable_thinking: false}; a row's chat_template_kwargs win."""
 
     @property
     def eval_source(self) -> DataSource | None:
@@ -386,6 +392,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora.alpha": _POSITIVE,
     "lora.dropout": _SHARE,
     "data.eval_fraction": _SHARE,
+    "data.max_dropped": ("from 0 to 1", lambda x: 0 <= x <= 1),
     "data.max_prompt_length": _POSITIVE,
     "loss.beta": _POSITIVE,
     "loss.label_smoothing": ("at least 0 and below 0.5", lambda x: 0 <= x < 0.5),
@@ -402,7 +409,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "train.num_train_epochs": _POSITIVE,
     "train.tokens_per_microbatch": ("auto or a number above 0", lambda x: x == "auto" or x > 0),
     "train.peak_tflops": ("a number above 0", lambda x: x is None or x > 0),
-    "train.seed": _NOT_NEGATIVE,
+    "train.seed": ("from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32),  # numpy's
     "train.logging_steps": _POSITIVE,
     "train.eval_steps": _NOT_NEGATIVE,
     "train.eval_prompts": _NOT_NEGATIVE,

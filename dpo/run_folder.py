@@ -3,10 +3,13 @@
 Training writes it, and everything afterwards reads it. No other module spells these names.
 """
 
+import fcntl
 import json
+import os
+import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -18,6 +21,8 @@ DATA_REPORT = "data_report.json"  # rows read, kept, dropped and cut
 HEADER = "header.txt"
 PAIRS = "pairs.jsonl"  # token ids of a few pairs, so that a merge can be verified without the data
 NUM_PAIRS = 64
+DIGESTS = "digests.json"  # of what the run was made from: weights, tokenizer and template, data
+LOCK = ".lock"  # is locked as long as a run writes into the folder
 # Appended during training, one JSON object a line, each with its step.
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"  # greedy answers to held-out prompts
@@ -56,6 +61,47 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     steps = ((checkpoint_step(path), path) for path in folder.glob(f"{_CHECKPOINT}*"))
     return [path for _, path in sorted((step, path) for step, path in steps if step is not None)]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder is a run's."""
+    return (folder / CONFIG).exists() and (folder / DATA_REPORT).exists()
+
+
+def lock(folder: Path) -> None:
+    """Keeps other processes from writing into a run's folder, until `unlock` or this one's end.
+
+    Raises:
+        UserError: another run writes into it.
+    """
+    path, held = folder.resolve() / LOCK, _LOCKED.get(folder.resolve())
+    if held and path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat()):
+        return  # opened and closed again, the file would be unlocked
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"train.output_dir: another run ({file.read() or 'just begun'}) writes into {folder} "
+            "now. Wait until it has ended, or name another folder."
+        ) from None
+    except OSError:  # a file system without locks
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    _LOCKED[folder.resolve()] = file
+
+
+def unlock(folder: Path) -> None:
+    """Lets other processes write into the folder again."""
+    if file := _LOCKED.pop(folder.resolve(), None):
+        Path(file.name).unlink(missing_ok=True)
+        file.close()
+
+
+_LOCKED: dict[Path, TextIO] = {}
 
 
 def append_lines(file: Path, lines: Iterable[Line]) -> None:

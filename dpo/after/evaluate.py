@@ -177,7 +177,7 @@ def before_training(finished: FinishedRun) -> TokenLogps:
 def _sampling(
     finished: FinishedRun, options: EvaluateOptions, temperature: float
 ) -> dict[str, Any]:
-    template = choose_template(finished.tokenizer, finished.config.data.chat_template)
+    template = choose_template(finished.tokenizer, finished.config.data)
     return {
         "stop_ids": stop_ids(finished.policy.model, finished.tokenizer, template),
         "max_new_tokens": options.max_new_tokens or finished.config.train.eval_max_new_tokens,

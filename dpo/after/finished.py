@@ -4,9 +4,9 @@ Merging, generating and evaluating start from a run folder, which records everyt
 the rows, the template. So nothing has to be named again, and nothing can be named differently.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from torch import nn
@@ -18,8 +18,10 @@ from dpo.config import Config
 from dpo.data.loader import PreferenceData, load_data
 from dpo.data.order import spread
 from dpo.data.stream import TokenizedPair
+from dpo.data.tokens import template_digest
 from dpo.device import choose_device
 from dpo.errors import UserError
+from dpo.model.fingerprint import weights_digest
 from dpo.model.load import Policy, load_policy, load_weights
 from dpo.model.named import load_tokenizer
 from dpo.model.reference import Frozen, Reference, adapter_off, build_reference, choose_mode
@@ -48,8 +50,8 @@ class FinishedRun:
         weights: which of its weights: `final`, `best` or `checkpoint-N`.
 
     Raises:
-        UserError: the folder holds no finished run, or not these weights; or torch cannot use this
-            machine's GPU.
+        UserError: the folder holds no finished run, or not these weights; its model or tokenizer
+            has changed since; or torch cannot use this machine's GPU.
     """
 
     def __init__(self, folder: Path, weights: str = run_folder.FINAL):
@@ -64,10 +66,23 @@ class FinishedRun:
             )
         self.device = choose_device()
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.config.model)
+        model = self.config.model
+        self._check_same("weights", lambda: weights_digest(model), f"the model {model.path}")
+        template = partial(template_digest, self.tokenizer, self.config.data)
+        self._check_same("template", template, f"the tokenizer or template of {model.path}")
         self.policy: Policy = load_policy(self.config, self.device)
         self.policy.model.eval()
         self.scorer = Scorer(self.policy.model, self.config.model.attention)
         load_weights(self.weights, self.policy.model)
+
+    def _check_same(self, name: str, found: Callable[[], str], what: str) -> None:
+        """Refuses what is not the same any more as when the run began."""
+        then = run_folder.read_whole(self.folder / run_folder.DIGESTS, {}).get(name)
+        if then and then != found():
+            raise UserError(
+                f"{self.folder}: {what} has changed since this run. What would be computed now is "
+                "about something else. Restore what the run was made from, or train again."
+            )
 
     @cached_property
     def _before(self) -> Frozen | None:
@@ -96,8 +111,14 @@ class FinishedRun:
 
     @cached_property
     def data(self) -> PreferenceData:
-        """The run's rows, read again (the tokens are in the cache)."""
-        return load_data(self.config, self.tokenizer)
+        """The run's rows, read again (the tokens are in the cache).
+
+        Raises:
+            UserError: they have changed since.
+        """
+        data = load_data(self.config, self.tokenizer)
+        self._check_same("data", lambda: data.digest, "the rows")
+        return data
 
     def some_pairs(self, wanted: int) -> tuple[Sequence[TokenizedPair], str]:
         """As PreferenceData.some_pairs: of those in the run folder if they are enough."""

@@ -96,7 +96,7 @@ class Speakers:
             model = load_base(settings, device).eval()
             self._models = {"policy": lambda: nullcontext(model)}
         self.sides = tuple(self._models) if side in (None, "both") else (side,)
-        self._template = choose_template(self._tokenizer, config.data.chat_template)
+        self._template = choose_template(self._tokenizer, config.data)
         self._stops = stop_ids(model, self._tokenizer, self._template)
         text_config = model.config.get_text_config()
         self._context = getattr(text_config, "max_position_embeddings", None)

@@ -139,7 +139,7 @@ def _evaluate(
     from lm_eval.models.huggingface import HFLM
 
     tokenizer = copy.deepcopy(finished.tokenizer)  # HFLM may set its padding token
-    template = choose_template(tokenizer, finished.config.data.chat_template)
+    template = choose_template(tokenizer, finished.config.data)
     of_model: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size}
     of_task: dict[str, Any] = {
         "task_manager": task.manager,  # else lm-eval lists its own tasks again

@@ -40,6 +40,7 @@ from dpo.data.chat import choose_template, stop_ids
 from dpo.data.stream import TokenizedPair
 from dpo.errors import UserError
 from dpo.model.load import load_base
+from dpo.model.named import stored_quantization
 from dpo.model.scorer import Scorer
 
 _INT8_EPSILON = 2 / 127  # LLM.int8 rounds activations to 1/127 of a token's largest
@@ -75,7 +76,7 @@ class Trained:
     @property
     def template(self) -> str | None:
         """The chat template that the run rendered its rows with."""
-        return choose_template(self.tokenizer, self.config.data.chat_template)
+        return choose_template(self.tokenizer, self.config.data)
 
     def score(self, model: nn.Module) -> Scores:
         """Scores another model on the same pairs, in the same way."""
@@ -189,6 +190,13 @@ def choose_bases(config: Config, base: str) -> list[str]:
                 "base. Leave --base out."
             )
         return ["trained" if model.adapter == "none" else "original"]
+    if stored := stored_quantization(model):
+        if base == "16bit":
+            raise UserError(
+                f"--base: got 16bit, but the checkpoint of this run is stored in {stored}: there "
+                "is no base in 16 bits. Leave --base out."
+            )
+        return ["dequantized"]
     return ["16bit", "dequantized"] if base == "16bit" else ["dequantized", "16bit"]
 
 
@@ -263,6 +271,7 @@ def _save(trained: Trained, model: PreTrainedModel, folder: Path, max_shard_size
         model,
         trained.tokenizer,
         folder,
+        source=trained.config.model,
         template=trained.template,
         stops=stop_ids(model, trained.tokenizer, trained.template),
         max_shard_size=max_shard_size,

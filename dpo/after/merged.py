@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo.config import Config
+from dpo.config import Config, ModelConfig
 from dpo.errors import UserError
 from dpo.model.load import dequantize, load_base
-from dpo.model.named import base_of
+from dpo.model.named import base_of, save_tokenizer
 
 
 def load_merge_base(
@@ -97,6 +97,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
+    source: ModelConfig,
     template: str | None,
     stops: Sequence[int],
     max_shard_size: str,
@@ -107,6 +108,7 @@ def save_model(
         model: the merged model, in plain layers.
         tokenizer: the run's.
         folder: where to write.
+        source: the model before training, whose tokenizer files are kept.
         template: the chat template that training rendered with, None if there was none.
         stops: token ids that end an answer, all of those that training knew.
         max_shard_size: the largest size of a file, as transformers writes it: 5GB.
@@ -121,7 +123,17 @@ def save_model(
     except ValueError:  # some bases name a temperature without this, and could not be saved
         settings.do_sample = True
     model.config.use_cache = True
+    _untie(model)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    if template is not None:
-        tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(source, tokenizer, template, folder)
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Writes embeddings and head as two matrices if they are no longer one.
+
+    An adapter may have trained one of them; a config that calls them tied would lose the other.
+    """
+    text = model.config.get_text_config()
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if text.tie_word_embeddings and not torch.equal(embeddings.weight, head.weight):  # type: ignore[union-attr,arg-type]
+        text.tie_word_embeddings = model.config.tie_word_embeddings = False

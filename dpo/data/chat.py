@@ -14,20 +14,22 @@ A literal control token in a message (`<|im_end|>` in a question about ChatML) i
 plain text that it is, so that it cannot end a turn. Ready-made ChatML is the exception.
 """
 
+import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from dpo.config import DataConfig
 from dpo.data.audit import Audit, RowName
 from dpo.data.encoding import Encoder
-from dpo.data.formats import IM_START, Message, Preference, RowError
+from dpo.data.formats import IM_START, SYSTEM_ROLES, Message, Preference, RowError
 from dpo.data.limits import Limits
 from dpo.data.stream import TokenizedPair
 from dpo.errors import UserError
@@ -44,8 +46,8 @@ CHATML = (
 TEMPLATE_DIFFERS = "prompt renders differently before an answer"
 
 
-def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str | None:
-    """The Jinja template that `data.chat_template` means.
+def choose_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str | None:
+    """The Jinja template that `data` means, with its `template_arguments` as defaults.
 
     None refuses messages: for `none`, and for `auto` if the tokenizer has neither a template nor
     ChatML's control tokens (plain text needs neither).
@@ -53,9 +55,19 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str | No
     Raises:
         UserError: ChatML for a tokenizer that does not know its control tokens, or no such file.
     """
+    template = _named_template(tokenizer, data.chat_template)
+    defaults = data.template_arguments.items()
+    # A literal of Python is one of Jinja.
+    bound = (f"{{% set {k} = {k} if {k} is defined else {v!r} %}}" for k, v in defaults)
+    return None if template is None else "".join(bound) + template
+
+
+def _named_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str | None:
     if choice == "none":
         return None
     if choice == "auto":
+        if isinstance(tokenizer.chat_template, dict):
+            return _by_tools(tokenizer.chat_template)
         if tokenizer.chat_template:
             return tokenizer.get_chat_template()
         return None if _missing_in_chatml(tokenizer) else CHATML
@@ -68,6 +80,23 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str | No
             "Give the path of a Jinja template."
         )
     return Path(choice).read_text(encoding="utf-8")
+
+
+def _by_tools(named: dict[str, str]) -> str:
+    """One template for several: as transformers does, `tool_use` writes what has tools."""
+    if "default" not in named:
+        raise UserError(
+            f"the tokenizer's templates are {', '.join(named)}, and none is the default. Give one "
+            "as a file in data.chat_template."
+        )
+    plain, with_tools = named["default"], named.get("tool_use", named["default"])
+    # Jinja drops one line break at a template's end.
+    parts = (text.removesuffix("\n") for text in (with_tools, plain))
+    return (
+        plain
+        if plain == with_tools
+        else "{%% if tools %%}%s{%% else %%}%s{%% endif %%}" % (*parts,)
+    )
 
 
 def require_chatml(tokenizer: PreTrainedTokenizerBase, problem: str) -> None:
@@ -111,6 +140,7 @@ class ChatTokenizer:
                 "Set eos_token in its tokenizer_config.json."
             )
         self._eos = eos
+        self._written: set[str] = set()
         added = tokenizer.added_tokens_decoder.items()
         special = {i: token.content for i, token in added if token.special}
         # Some tokenizers do not mark turn markers as special, so what the template writes counts.
@@ -144,14 +174,17 @@ class ChatTokenizer:
     ) -> Iterator[tuple[RowName, str, TokenizedPair]]:
         """`tokenize`, with the rendered prompt of each row: equal ones are the same question."""
         rendered = []
-        for row, preference in rows:
+        for row, given in rows:
             try:
-                rendered.append((row, preference, self._texts(preference)))
+                preference = self._with_arguments(given)
+                texts = self._texts(preference)
+                self._require_written(preference, texts)
+                rendered.append((row, preference, texts))
             except RowError as error:
                 self._audit.drop(error.reason, row)
         ids = self._encoder.encode_rows([texts for _, _, texts in rendered])
         for (row, preference, texts), encoded in zip(rendered, ids, strict=True):
-            notes: set[str] = set()
+            notes = self._left_out(preference, texts)
             try:
                 if self._holds_control_token(preference, texts):
                     notes.add("control token in text, neutralised")
@@ -191,7 +224,8 @@ class ChatTokenizer:
     ) -> Any:
         """Messages through the template: text, or token ids if `how` says so.
 
-        Without an answer it is a prompt, which ends by asking for the assistant's turn.
+        Without an answer it is a prompt, which ends by asking for the assistant's turn, or, where it
+        ends with the assistant's words, with these: the answer continues them.
         """
         if self._template is None:
             raise UserError(
@@ -200,12 +234,23 @@ class ChatTokenizer:
                 f"{self._tokenizer.name_or_path!r} has neither a template nor ChatML's control "
                 "tokens. Give a template as a file in data.chat_template."
             )
+        turns: list[Any] = [*preference.prompt, *answer]
+        asks = not answer if is_prompt is None else is_prompt
+        continued = _is_continued(preference)
+        if continued and answer:
+            border = len(preference.prompt)
+            begun, its_end = turns[border - 1 : border + 1]
+            whole = begun | its_end | {"content": begun["content"] + its_end["content"]}
+            turns[border - 1 : border + 1] = [whole]
+        elif continued:
+            how["continue_final_message"] = True
         try:
             return self._tokenizer.apply_chat_template(
-                [*preference.prompt, *answer],  # type: ignore[arg-type]
+                turns,
                 tools=preference.tools,  # type: ignore[arg-type]
                 chat_template=self._template,
-                add_generation_prompt=not answer if is_prompt is None else is_prompt,
+                add_generation_prompt=asks and not how.get("continue_final_message"),
+                **(preference.template_arguments or {}),
                 **how,
             )
         except jinja2.TemplateSyntaxError as error:
@@ -213,6 +258,64 @@ class ChatTokenizer:
             raise UserError(f"data.chat_template: {problem}. Correct the template.") from None
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise RowError(f"the template refuses it: {error}", "") from None
+
+    def _with_arguments(self, preference: Preference) -> Preference:
+        """Gives calls' arguments that are JSON text as objects, if the template would escape it."""
+        if not any(_texts_of_calls(preference)) or self._writes_text_of_calls:
+            return preference
+        sides = (preference.prompt, preference.chosen, preference.rejected)
+        prompt, chosen, rejected = ([_with_objects(turn) for turn in side] for side in sides)
+        return replace(preference, prompt=prompt, chosen=chosen, rejected=rejected)
+
+    @cached_property
+    def _writes_text_of_calls(self) -> bool:
+        """Whether the template writes arguments that are text as they are."""
+        text = '{"a": 1}'
+        call = {"type": "function", "function": {"name": "f", "arguments": text}}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        try:
+            return text in self._render(_asked(turn), [turn], tokenize=False)
+        except RowError:
+            return False
+
+    def _require_written(self, preference: Preference, texts: Sequence[str]) -> None:
+        """Drops a row of which the template leaves out what its answers are about.
+
+        Rows with another part of that kind, or with none, are written alike if it is left out. Once
+        a template has written a kind, rows of that kind are not compared any more.
+        """
+        for what, change in _MUST_BE_WRITTEN.items():
+            if what not in self._written and not self._is_written(preference, texts, change, what):
+                raise RowError(f"the template does not write its {what}", "")
+
+    def _left_out(self, preference: Preference, texts: Sequence[str]) -> set[str]:
+        """What the template leaves out of the prompt on purpose, as notes."""
+        notes = set()
+        if _is_continued(preference):
+            notes.add("answer continues the prompt's last turn")
+        what = "thinking of earlier turns"
+        if not self._is_written(preference, texts, _without_earlier_thinking, what):
+            notes.add(f"the template leaves out the {what}")
+        return notes
+
+    def _is_written(
+        self,
+        preference: Preference,
+        texts: Sequence[str],
+        change: Callable[[Preference], Preference],
+        what: str,
+    ) -> bool:
+        """Whether the texts of a row change with it, or it is not in the row."""
+        changed = change(preference) if preference.kind == "messages" else preference
+        if changed == preference:
+            return True
+        try:
+            is_written = self._texts(changed) != texts
+        except RowError:  # the template looks at it
+            is_written = True
+        if is_written:
+            self._written.add(what)
+        return is_written
 
     def _render_ids(self, preference: Preference, answer: Any, **how: Any) -> list[int]:
         """Token ids in which control tokens stand only where the template writes them."""
@@ -345,6 +448,71 @@ def _asked(*answer: Message) -> Preference:
     """A question to try a template on."""
     prompt = [{"role": "user", "content": "a"}]
     return Preference(kind="messages", prompt=prompt, chosen=list(answer), rejected=[])
+
+
+def _is_continued(preference: Preference) -> bool:
+    """Whether the prompt ends with the assistant's words, which the answer goes on with."""
+    turns: Any = preference.prompt if preference.kind == "messages" else []
+    last = turns[-1] if turns else {"role": ""}
+    return last["role"] == "assistant" and "tool_calls" not in last
+
+
+def _changed(
+    preference: Preference, change: Callable[[Message], Message], *sides: str
+) -> Preference:
+    """The preference with every message of these sides changed."""
+    return replace(
+        preference, **{side: [change(turn) for turn in getattr(preference, side)] for side in sides}
+    )
+
+
+def _without(*keys: str) -> Callable[[Message], Message]:
+    return lambda turn: {key: turn[key] for key in turn if key not in keys}
+
+
+def _reworded(*roles: str) -> Callable[[Message], Message]:
+    return lambda turn: turn | {"content": turn["content"] + "."} if turn["role"] in roles else turn
+
+
+_ALL_SIDES = ("prompt", "chosen", "rejected")
+_THINKING = _without("reasoning_content", "thinking")
+
+
+def _without_earlier_thinking(preference: Preference) -> Preference:
+    return _changed(preference, _THINKING, "prompt")
+
+
+# Parts of a row without which its answers mean something else, and a row that lacks or changes it.
+_MUST_BE_WRITTEN: dict[str, Callable[[Preference], Preference]] = {
+    "tools": lambda preference: replace(preference, tools=None),
+    "tool calls": lambda preference: _changed(preference, _without("tool_calls"), *_ALL_SIDES),
+    "tool results": lambda preference: _changed(preference, _reworded("tool"), *_ALL_SIDES),
+    "system message": lambda preference: _changed(preference, _reworded(*SYSTEM_ROLES), "prompt"),
+    "thinking": lambda preference: _changed(preference, _THINKING, "chosen", "rejected"),
+}
+
+
+def _texts_of_calls(preference: Preference) -> Iterator[str]:
+    """The arguments of calls that are text."""
+    if preference.kind == "messages":
+        for turn in (*preference.prompt, *preference.chosen, *preference.rejected):
+            for call in turn.get("tool_calls", ()):  # type: ignore[union-attr]
+                arguments = (call.get("function") or call).get("arguments")
+                if isinstance(arguments, str):
+                    yield arguments
+
+
+def _with_objects(turn: Message) -> Message:
+    """The message with the arguments of its calls read from JSON; what is no JSON stays text."""
+    calls = []
+    for call in turn.get("tool_calls", ()):
+        function = call.get("function") or call
+        try:
+            function = function | {"arguments": json.loads(function["arguments"])}
+        except (KeyError, TypeError, ValueError):
+            pass
+        calls.append(call | {"function": function} if "function" in call else function)
+    return turn | {"tool_calls": calls} if calls else turn
 
 
 def _chatml_turn(answer: str) -> str:

@@ -9,9 +9,10 @@ refused with the columns that were found. No two shapes fit the same rows, becau
   * the others answer with text: `orca_dpo_pairs` has a `question` and no `prompt`, `hh_rlhf` has
     neither, every prompt of `chatml_dpo_pairs` holds `<|im_start|>`, and none of `text` does.
 
-A row can fail in two ways. Where a column is missing or of the wrong type, the file or
-`data.format` is wrong: `UserError`, and training does not start. A well-formed row that cannot
-serve as a preference raises `RowError`: it is dropped, counted and reported with its number.
+A row can fail in two ways. Where a column is missing or of the wrong type, or where one holds a
+part of the row that this format does not read, the file or `data.format` is wrong: `UserError`, and
+training does not start. A well-formed row that cannot serve as a preference raises `RowError`: it
+is dropped, counted and reported with its number.
 
 Left out on purpose: templates and tokens (chat.py), and any repair of odd rows. One long file, so
 that the eight formats and the few readers they share are seen side by side.
@@ -20,7 +21,9 @@ that the eight formats and the few readers they share are seen side by side.
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any, Literal, TypeGuard
 
 from dpo.errors import UserError
@@ -36,6 +39,20 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
 """What templates read. Other keys are dropped: an id or a time would make equal turns differ."""
 
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
+"""Any one of them is the system message of rows that become messages."""
+
+_PARTS = {"images", "image", "videos", "video", "audios", "audio"} | {
+    *("instruction", "query", "history", "context", "documents", "functions", "function_call")
+}
+"""Names of what may be a part of a row, apart from those that some format reads."""
+
+_HARMLESS = re.compile(
+    r"(^|_)(id|idx|index|uuid|hash|score|rating|source|dataset|model|lang|language|url|date|time)"
+    r"s?(_|$)",
+    re.IGNORECASE,
+)
+
 RECOGNISED_ROWS = 100
 """How many rows `recognise` looks at, at most."""
 
@@ -45,7 +62,7 @@ class RowError(ValueError):
 
     Reasons here: empty prompt, empty answer, answer does not begin (or end) with the assistant,
     diverging histories, prompt contradicts the messages, not a transcript, not text,
-    no ChatML markers, unknown role.
+    no ChatML markers, unknown role (which is named).
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -68,6 +85,7 @@ class Preference:
     chosen: list[Message] | str
     rejected: list[Message] | str
     tools: list[dict[str, Any]] | None = None
+    template_arguments: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +93,20 @@ class Format:
     """What the columns of a row hold, and how it is converted.
 
     A shape reads "column: kind, column: kind", with the kinds of `_kind`; " | " separates shapes,
-    any one of which will do. A column that a shape does not name is tolerated.
+    any one of which will do. `also` names the columns that are read where a row has them.
     """
 
     shapes: str
     convert: Callable[[RawRow], Preference]
+    also: tuple[str, ...] = (*SYSTEM_COLUMNS, "tools", "chat_template_kwargs")
+
+    @cached_property
+    def reads(self) -> set[str]:
+        """The columns that the conversion looks at."""
+        wishes = [
+            part.split(": ") for shape in self.shapes.split(" | ") for part in shape.split(", ")
+        ]
+        return {name for name, kind in wishes if kind != "nothing"} | {*self.also}
 
     def matches(self, columns: Mapping[str, set[str]]) -> bool:
         """Whether the kinds of value found in each column are those of one of the shapes."""
@@ -128,13 +155,37 @@ def to_preference(row: RawRow, format: str, *, where: str = "this row") -> Prefe
             f"data.format is {format!r}. Set it to auto or one of: {', '.join(FORMATS)}."
         )
     try:
-        return FORMATS[format].convert(row)
+        preference = FORMATS[format].convert(row)
     except _MisshapenError as error:
         raise UserError(
             f"{where}: {error}. Columns found: {', '.join(row) or 'none'}. "
             f"Wanted, as data.format is {format}: {FORMATS[format].shapes}. "
             "Correct the row, or set data.format to the shape that the data has."
         ) from None
+    for name in _unread(row, format):
+        if name.lower() in _parts():
+            raise UserError(
+                f"{where}: {name!r} may be a part of the row, and the format {format} does not read "
+                "it: it would be lost. Join it to a column that is read "
+                f"({', '.join(sorted(FORMATS[format].reads))}), or, if it is none, name it in "
+                "data.ignored_columns."
+            )
+    return preference
+
+
+def unread_columns(row: RawRow, format: str) -> list[str]:
+    """The columns of a row that say something and are left out, ids, scores and sources apart."""
+    return [name for name in _unread(row, format) if not _HARMLESS.search(name)]
+
+
+def _unread(row: RawRow, format: str) -> list[str]:
+    reads = FORMATS[format].reads
+    return [name for name in row if name not in reads and not _is_nothing(row[name])]
+
+
+@cache
+def _parts() -> set[str]:
+    return _PARTS.union(*(known.reads for known in FORMATS.values()))
 
 
 def _kinds(wish: str) -> set[str]:
@@ -147,8 +198,9 @@ def _kinds(wish: str) -> set[str]:
 
 
 def _kind(value: object) -> str:
-    if value is None or value in ("", []):
+    if _is_nothing(value):
         return "nothing"
+    value = _from_json(value)
     if isinstance(value, str):
         if IM_START in value:
             return "text with <|im_start|>"
@@ -161,6 +213,17 @@ def _kind(value: object) -> str:
     if _is_object(value) and "messages" in value:
         return "object with messages"
     return type(value).__name__
+
+
+def _from_json(value: Any) -> Any:
+    """Messages that a file holds as JSON text, or the value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") and _MESSAGES.search(value):
+        with suppress(ValueError):
+            return json.loads(value)
+    return value
+
+
+_MESSAGES = re.compile(r'"(role|from|messages)"\s*:')
 
 
 def _from_orca(row: RawRow) -> Preference:
@@ -213,9 +276,14 @@ def _from_ultrafeedback(row: RawRow) -> Preference:
 
 
 def _from_conversational(row: RawRow) -> Preference:
-    """Message lists; the prompt is explicit, or the turns that both answers open with."""
-    prompt = _messages(row, "prompt") if "prompt" in row else []
+    """Message lists; the prompt is explicit, or the turns that both answers open with.
+
+    Answers alone may have it in `messages`; beside whole conversations that column repeats one.
+    """
+    prompt = _messages(row, "prompt") if row.get("prompt") else []
     chosen, rejected = (_answer(_messages(row, name), name) for name in ("chosen", "rejected"))
+    if not prompt and {chosen[0]["role"], rejected[0]["role"]} == {"assistant"}:
+        prompt = _messages(row, "messages") if row.get("messages") else []
     first = len(prompt)
     if not prompt:
         prompt, chosen, rejected = _split(chosen, rejected)
@@ -226,7 +294,7 @@ def _from_conversational(row: RawRow) -> Preference:
 
 def _from_openai(row: RawRow) -> Preference:
     """OpenAI's preference files: `input` holds the messages and tools, two columns the answers."""
-    asked = _column(row, "input")
+    asked = _from_json(_column(row, "input"))
     if not _is_object(asked):
         raise _MisshapenError(f"'input' holds {type(asked).__name__}, wanted an object")
     sides = ("preferred_output", "non_preferred_output")
@@ -272,8 +340,11 @@ def _split(
 def _preference(
     row: RawRow, prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> Preference:
-    """Check the parts, and add the row's columns `system` (text) and `tools`, if it has them."""
-    system = _text(row, "system") if "system" in row else ""
+    """Check the parts, and add the row's system column and `tools`, if it has them."""
+    systems = [_text(row, name) for name in SYSTEM_COLUMNS if row.get(name)]
+    if len({*systems}) > 1:
+        raise _MisshapenError(f"two of {', '.join(SYSTEM_COLUMNS)} hold different texts")
+    system = systems[0] if systems else ""
     if system.strip() and not (prompt and prompt[0]["role"] in SYSTEM_ROLES):
         prompt = [_message("system", system), *prompt]
     asking = (*SYSTEM_ROLES, "user")
@@ -282,8 +353,16 @@ def _preference(
     for answer in (chosen, rejected):
         if (role := answer[0]["role"]) != "assistant":
             raise RowError("answer does not begin with the assistant", f"it begins with {role}")
+    arguments = row.get("chat_template_kwargs") or None
+    if arguments is not None and not _is_object(arguments):
+        raise _MisshapenError("'chat_template_kwargs' is not an object")
     return Preference(
-        kind="messages", prompt=prompt, chosen=chosen, rejected=rejected, tools=_tools(row)
+        kind="messages",
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        tools=_tools(row),
+        template_arguments=arguments,
     )
 
 
@@ -322,7 +401,7 @@ def _messages(
     row: RawRow, name: str, *, keys: tuple[str, str] = ("role", "content")
 ) -> list[Message]:
     """A list of message objects, or a single one; null reads as an empty list."""
-    value = _column(row, name)
+    value = _from_json(_column(row, name))
     turns = [value] if _is_object(value) else value or []
     if not _is_list(turns):
         raise _MisshapenError(f"{name!r} holds {type(value).__name__}, wanted a list of messages")
@@ -331,7 +410,11 @@ def _messages(
     for turn in turns:
         if not _is_object(turn) or not isinstance(turn.get(role_key), str):
             raise _MisshapenError(f"{name!r} holds a message without {role_key!r}")
-        extra = {key: _without_nulls(turn[key]) for key in MESSAGE_KEYS if turn.get(key)}
+        if lost := next((key for key in turn if key in _PARTS and turn[key]), None):
+            raise _MisshapenError(f"a message of {name!r} holds {lost!r}, which is not read")
+        extra = {key: turn[key] for key in MESSAGE_KEYS if turn.get(key)}
+        if turn.get("reasoning"):
+            extra.setdefault("reasoning_content", _content(turn["reasoning"], name))
         content = _content(turn.get(content_key), name)
         messages.append(_message(turn[role_key], content) | extra)
     return messages
@@ -340,7 +423,7 @@ def _messages(
 def _message(role: str, content: str) -> Message:
     role = SHAREGPT_ROLES.get(role, role)
     if role not in ROLES:
-        raise RowError("unknown role", f"{role!r} is none of {', '.join(ROLES)}")
+        raise RowError(f"unknown role {role[:30]!r}", f"none of {', '.join(ROLES)}")
     return {"role": role, "content": content}
 
 
@@ -368,14 +451,11 @@ def _tools(row: RawRow) -> list[dict[str, Any]] | None:
         return None
     if not _is_list(tools) or not all(_is_object(tool) for tool in tools):
         raise _MisshapenError("'tools' is not a list of objects")
-    return _without_nulls(tools)
+    return tools
 
 
-def _without_nulls(value: Any) -> Any:
-    """Drop keys that are null: Arrow gives every object of a column the keys of all of them."""
-    if _is_object(value):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if _is_list(value) else value
+def _is_nothing(value: object) -> bool:
+    return value is None or value in ("", [], {})
 
 
 def _is_object(value: object) -> TypeGuard[dict[str, Any]]:
@@ -393,18 +473,21 @@ FORMATS: dict[str, Format] = {
         _from_orca,
     ),
     "chatml_dpo_pairs": Format(
-        "prompt: text with <|im_start|>, chosen: text, rejected: text", _from_chatml
+        "prompt: text with <|im_start|>, chosen: text, rejected: text", _from_chatml, also=()
     ),
     "hh_rlhf": Format(
         "chosen: transcript, rejected: transcript, prompt: nothing, question: nothing",
         _from_hh_rlhf,
     ),
     "ultrafeedback": Format(
-        "prompt: text, chosen: message list, rejected: message list", _from_ultrafeedback
+        "prompt: text, chosen: message list, rejected: message list",
+        _from_ultrafeedback,
+        also=(*Format.also, "messages"),  # which repeats the chosen conversation
     ),
     "conversational": Format(
         "prompt: message list or nothing, chosen: message list, rejected: message list",
         _from_conversational,
+        also=(*Format.also, "messages"),
     ),
     "openai": Format(
         "input: object with messages, preferred_output: message list, "
@@ -419,5 +502,6 @@ FORMATS: dict[str, Format] = {
         "prompt: text without <|im_start|>, chosen: text, rejected: text, "
         "question: nothing, system: nothing",
         _from_text,
+        also=(),
     ),
 }

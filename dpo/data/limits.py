@@ -10,6 +10,8 @@ from dpo.data.formats import RowError
 from dpo.data.stream import TokenizedPair
 from dpo.errors import UserError
 
+OVERLONG = "overlong"  # the reason of those drops that are asked for
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -46,7 +48,7 @@ class Limits:
         }
         cut = [part for part, is_cut in too_long.items() if is_cut]
         if cut and self.on_overlong == "drop":
-            raise RowError("overlong", ", ".join(cut))
+            raise RowError(OVERLONG, ", ".join(cut))
         if cut and self.on_overlong == "error":
             raise UserError(
                 f"row {row}: too long ({', '.join(cut)}): got {len(pair.prompt_ids)} prompt, "

@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from dpo.config import Config, DataConfig, DataSource
 from dpo.data.audit import Audit, RowName
 from dpo.data.chat import ChatTokenizer, choose_template
-from dpo.data.formats import RECOGNISED_ROWS, Preference, RowError, recognise, to_preference
+from dpo.data.files import digest
+from dpo.data.formats import RECOGNISED_ROWS, Preference, recognise
 from dpo.data.limits import Limits
 from dpo.data.order import spread
 from dpo.data.sources import Source, open_source
 from dpo.data.stream import TokenizedPair
-from dpo.data.tokens import TokenFile, tokenized
+from dpo.data.tokens import TokenFile, read_row, tokenized
 from dpo.errors import UserError
 
 
@@ -91,6 +92,11 @@ class Pairs(Sequence[TokenizedPair]):
         """Tokens that the longest pair of the files adds to a stream, selected here or not."""
         return max(file.longest for _, file in self._files)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id in the files."""
+        return max(file.largest_id for _, file in self._files)
+
     def select(self, indices: Int[np.ndarray, " selected"]) -> "Pairs":
         """The pairs at these indices, in this order; an index may repeat."""
         return Pairs(self._files, self._all_places()[indices])
@@ -109,6 +115,11 @@ class PreferenceData:
     held_out: Pairs
     report: dict[str, Any]
     summary: list[str]
+
+    @property
+    def digest(self) -> str:
+        """Digest of all token ids and of the order of the pairs."""
+        return digest(self.train.digest, self.held_out.digest)
 
     def some_pairs(self, wanted: int) -> tuple[list[TokenizedPair], str]:
         """Up to `wanted` held-out pairs, spread evenly over all; and what they are, in words.
@@ -131,7 +142,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreferenceD
     files, audit = [], Audit()
     for source in sources:
         name = source.path if len(sources) > 1 else ""
-        rows, format = open_rows(source, data.subset, data.revision)
+        rows, format = open_rows(source, data, data.subset, data.revision)
         file, its_audit = tokenized(rows, format, data, tokenizer)
         files.append((name, file))
         audit.absorb(its_audit, name)
@@ -141,7 +152,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreferenceD
     if data.eval_source:
         same = data.eval_path == data.name_or_path  # other splits of one data set
         part = (data.subset, data.revision) if same else (None, None)
-        rows, format = open_rows(data.eval_source, *part)
+        rows, format = open_rows(data.eval_source, data, *part)
         file, eval_audit = tokenized(rows, format, data, tokenizer)
         held_out = Pairs([("", file)])
         report["held_out_source"] = eval_audit.report()
@@ -172,9 +183,12 @@ def list_sources(data: DataConfig) -> list[DataSource]:
     return data.name_or_path
 
 
-def open_rows(source: DataSource, subset: str | None, revision: str | None) -> tuple[Source, str]:
+def open_rows(
+    source: DataSource, data: DataConfig, subset: str | None, revision: str | None
+) -> tuple[Source, str]:
     """The source's rows and their format, which `auto` recognises from the first of them."""
     rows = open_source(source.location, subset=subset, revision=revision, split=source.split)
+    rows = rows.without(data.ignored_columns)
     if source.format != "auto":
         return rows, source.format
     return rows, recognise([row.value for row in islice(rows, RECOGNISED_ROWS)], rows.name)
@@ -189,14 +203,11 @@ def first_pairs(
     audit: Audit,
 ) -> Iterator[tuple[RowName, Preference, TokenizedPair]]:
     """The first `count` rows as training would see them, each counted in the audit; no cache."""
-    template = choose_template(tokenizer, data.chat_template)
+    template = choose_template(tokenizer, data)
     chat = ChatTokenizer(tokenizer, template, Limits.of(data), audit)
     for number, value in islice(rows, count):
-        audit.rows_read += 1
-        try:
-            preference = to_preference(value, format, where=rows.where(number))
-        except RowError as error:
-            audit.drop(error.reason, number)
+        preference = read_row(number, value, format, rows.where(number), audit)
+        if preference is None:
             continue
         for row, pair in chat.tokenize([(number, preference)]):
             audit.pairs_kept += 1

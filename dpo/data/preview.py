@@ -18,7 +18,7 @@ def preview_rows(
 ) -> Iterator[str]:
     """The first `count` rows of the first source as training would see them, then the audit."""
     data, audit = config.data, Audit()
-    rows, format = open_rows(list_sources(data)[0], data.subset, data.revision)
+    rows, format = open_rows(list_sources(data)[0], data, data.subset, data.revision)
     yield f"{rows.name}: format {format}"
     for row, preference, pair in first_pairs(rows, format, data, tokenizer, count, audit):
         yield preview(row, preference, pair, tokenizer, colour=colour)

@@ -13,8 +13,8 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -59,6 +59,18 @@ class Source:
     def fingerprint(self) -> str:
         """Identifies the content: sha256 of the files, or the fingerprint that `datasets` keeps."""
         return self.digest()
+
+    def without(self, columns: Sequence[str]) -> "Source":
+        """The same rows without these columns."""
+        if not columns:
+            return self
+        return replace(
+            self,
+            read=lambda: (
+                Row(n, {name: row[name] for name in row if name not in columns}) for n, row in self
+            ),
+            digest=lambda: digest(self.fingerprint, sorted(columns)),
+        )
 
     def where(self, number: int) -> str:
         """`rows.jsonl, line 7`: how a message names a row."""
@@ -305,7 +317,21 @@ def _table(name: str, rows: Any, digest: Callable[[], str] | None = None) -> Sou
     return Source(
         name=name,
         unit="row",
-        read=lambda: (Row(number, value) for number, value in enumerate(plain, start=1)),
+        read=lambda: (Row(n, _own_keys(value)) for n, value in enumerate(plain, start=1)),
         count=lambda: len(plain),
         digest=digest or (lambda: rows._fingerprint),
     )
+
+
+def _own_keys(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without the nulls inside its columns.
+
+    Arrow gives every object of a column the keys of all of them; in JSON a null is the user's.
+    """
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

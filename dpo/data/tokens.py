@@ -29,8 +29,8 @@ from dpo.config import DataConfig
 from dpo.data.audit import Audit
 from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer, choose_template, require_chatml
 from dpo.data.files import cache_folder, digest, file_sums
-from dpo.data.formats import RowError, to_preference
-from dpo.data.limits import Limits
+from dpo.data.formats import Preference, RawRow, RowError, to_preference, unread_columns
+from dpo.data.limits import OVERLONG, Limits
 from dpo.data.sources import Row, Source
 from dpo.data.workers import in_order
 from dpo.device import num_cores
@@ -63,6 +63,8 @@ class TokenFile:
         """Digest of all token ids, however they were batched."""
         self.longest: int = about["longest"]
         """Tokens that the longest pair adds to a stream."""
+        self.largest_id: int = about["largest_id"]
+        """The largest token id."""
         self.report: dict[str, Any] = about["audit"]
 
     def __len__(self) -> int:
@@ -86,7 +88,7 @@ def tokenized(
     Raises:
         UserError: naming the first row that cannot be read, or that these settings refuse.
     """
-    template = choose_template(tokenizer, data.chat_template)
+    template = choose_template(tokenizer, data)
     limits = Limits.of(data)
     if format == "chatml_dpo_pairs":
         require_chatml(tokenizer, f"{source.name}: the rows are ready-made ChatML")
@@ -97,8 +99,7 @@ def tokenized(
         source.fingerprint,
         format,
         limits,
-        template,
-        _tokenizer_digest(tokenizer),
+        template_digest(tokenizer, data),
     )
     folder = cache_folder("dpo_pairs") / key[:32]
     if not folder.exists():
@@ -110,11 +111,27 @@ def tokenized(
             template=template,
             limits=limits,
         )
-        _write(folder, source, work)
+        _write(folder, source, work, data.max_dropped)
     file = TokenFile(folder)
     audit = Audit.from_report(file.report)
     audit.formats = {source.name: format}
+    _refuse_drops(source.name, audit.rows_read, audit, data.max_dropped)
     return file, audit
+
+
+def read_row(
+    number: int, value: RawRow, format: str, where: str, audit: Audit
+) -> Preference | None:
+    """The row as a preference, or None if it is dropped; either way it is counted."""
+    audit.rows_read += 1
+    try:
+        preference = to_preference(value, format, where=where)
+    except RowError as error:
+        audit.drop(error.reason, number)
+        return None
+    for name in unread_columns(value, format):
+        audit.note(f"column {name!r} not read", number)
+    return preference
 
 
 class _Batch(NamedTuple):
@@ -150,12 +167,9 @@ def _tokenize(
     audit, preferences = Audit(), []
     chat = ChatTokenizer(tokenizer, template, limits, audit)
     for number, value in batch.rows:
-        audit.rows_read += 1
         try:
-            preference = to_preference(value, format, where=f"{name}, {unit} {number}")
-            preferences.append((number, preference))
-        except RowError as error:
-            audit.drop(error.reason, number)
+            if preference := read_row(number, value, format, f"{name}, {unit} {number}", audit):
+                preferences.append((number, preference))
         except UserError as error:
             broken = error
             break
@@ -176,13 +190,13 @@ def _prompt_digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
 
 
-def _write(folder: Path, source: Source, work: _Work) -> None:
+def _write(folder: Path, source: Source, work: _Work, max_dropped: float) -> None:
     """Tokenises the source into a folder, which appears only when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as unfinished:
         files = Path(unfinished, "complete")
         files.mkdir()
-        _write_files(files, source, work)
+        _write_files(files, source, work, max_dropped)
         try:
             files.rename(folder)
         except OSError:
@@ -190,7 +204,7 @@ def _write(folder: Path, source: Source, work: _Work) -> None:
                 raise
 
 
-def _write_files(folder: Path, source: Source, work: _Work) -> None:
+def _write_files(folder: Path, source: Source, work: _Work, max_dropped: float) -> None:
     audit, ids, longest = Audit(), _TokenDigest(), 0
     left_over = pa.RecordBatch.from_pylist([], schema=_SCHEMA)
     progress = tqdm(
@@ -213,22 +227,34 @@ def _write_files(folder: Path, source: Source, work: _Work) -> None:
             writer.write_table(pa.table(pairs.slice(0, whole)), max_chunksize=BLOCK_PAIRS)
             left_over = pairs.slice(whole)
             progress.update(made.audit.rows_read)
-            _refuse_differing(source, audit)
+            _refuse_drops(source.name, len(source), audit, max_dropped)
         writer.write_batch(left_over)
-    about = {"digest": ids.hexdigest(), "longest": longest, "audit": audit.report()}
+    about = {
+        "digest": ids.hexdigest(),
+        "longest": longest,
+        "largest_id": ids.largest,
+        "audit": audit.report(),
+    }
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
 class _TokenDigest:
-    """sha256 of token ids, a column at a time, so that it does not depend on the batches."""
+    """sha256 of token ids, a column at a time, so that it does not depend on the batches.
+
+    Attributes:
+        largest: the largest id.
+    """
 
     def __init__(self) -> None:
+        self.largest = 0
         columns = _SCHEMA.names[1:]  # row numbers are positions, not content
         self._columns = {name: (hashlib.sha256(), hashlib.sha256()) for name in columns}
 
     def update(self, pairs: pa.RecordBatch) -> None:
         for name, (values, lengths) in self._columns.items():
-            values.update(pairs[name].flatten().to_numpy(zero_copy_only=False))
+            flat = pairs[name].flatten().to_numpy(zero_copy_only=False)
+            values.update(flat)
+            self.largest = max(self.largest, int(flat.max(initial=0)))
             lengths.update(pairs[name].value_lengths().fill_null(-1).to_numpy())
 
     def hexdigest(self) -> str:
@@ -236,16 +262,22 @@ class _TokenDigest:
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def _refuse_differing(source: Source, audit: Audit) -> None:
-    """Refuses the source once the differing rows are certain to be too large a share of it."""
-    differing = audit.dropped.get(TEMPLATE_DIFFERS)
-    if differing and differing.count > MAX_DIFFERING * len(source):
-        raise UserError(
-            f"{source.name}: in {differing.count} of the first {audit.rows_read} rows (such as "
-            f"{', '.join(map(str, differing.rows[:5]))}) the chat template renders the prompt "
-            "differently once an answer follows it, so prompt and answer cannot be told apart. "
-            "Give a template that only appends, as a file in data.chat_template."
-        )
+def _refuse_drops(name: str, num_rows: int, audit: Audit, most: float) -> None:
+    """Refuses the source once too large a share of it is certain to be dropped for one reason."""
+    for reason, dropped in audit.dropped.items():
+        seen = f"{dropped.count} of the first {audit.rows_read} rows (such as "
+        seen += f"{', '.join(map(str, dropped.rows[:5]))})"
+        if reason == TEMPLATE_DIFFERS and dropped.count > MAX_DIFFERING * num_rows:
+            raise UserError(
+                f"{name}: in {seen} the chat template renders the prompt differently once an "
+                "answer follows it, so prompt and answer cannot be told apart. Give a template "
+                "that only appends, as a file in data.chat_template."
+            )
+        if reason != OVERLONG and dropped.count > most * num_rows:
+            raise UserError(
+                f"{name}: {seen} would be dropped: {reason}. That is more than {most:.0%} of all "
+                f"{num_rows}. Correct them, or raise data.max_dropped."
+            )
 
 
 def _batches(source: Source) -> Iterator[_Batch]:
@@ -273,7 +305,8 @@ def _code_digest() -> str:
     return digest(file_sums(Path(__file__).parent, "*.py"))
 
 
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+def template_digest(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str:
+    """Digest of the tokenizer's files and of the template that `data` means for it."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return digest(file_sums(Path(folder), "*"))
+        return digest(choose_template(tokenizer, data), file_sums(Path(folder), "*"))

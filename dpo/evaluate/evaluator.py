@@ -117,7 +117,7 @@ class Evaluator:
         indices = spread(len(self.held_out), train.eval_prompts)
         mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
         pairs = [self.held_out[int(i)] for i in mine]
-        template = choose_template(self.tokenizer, self.config.data.chat_template)
+        template = choose_template(self.tokenizer, self.config.data)
         options: dict[str, Any] = {
             "stop_ids": stop_ids(model, self.tokenizer, template),
             "max_new_tokens": train.eval_max_new_tokens,

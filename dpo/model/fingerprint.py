@@ -11,12 +11,11 @@ further in its folder is another model.
 import hashlib
 import json
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from dpo.config import ModelConfig
 from dpo.data.files import file_digests
-from dpo.model.named import base_of
+from dpo.model.named import base_of, local_folder
 
 # The files that decide the numbers of a forward: weights, configuration and a model's own code.
 _SUFFIXES = (".safetensors", ".bin", ".py")
@@ -33,7 +32,7 @@ def weights_digest(model: ModelConfig) -> str:
     files = [
         file
         for its in ([model] if base is model else [model, base])
-        for file in sorted(_folder(its).iterdir())
+        for file in sorted(local_folder(its).iterdir())
         if file.name in _CONFIGS or file.suffix in _SUFFIXES
     ]
     return _digest([[file.name for file in files], file_digests(files)])
@@ -51,14 +50,6 @@ def reference_digest(model: ModelConfig, *, layout: str, device_type: str) -> st
             "libraries": {name: version(name) for name in _LIBRARIES},
         }
     )
-
-
-def _folder(model: ModelConfig) -> Path:
-    if Path(model.path).is_dir():
-        return Path(model.path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model.path, revision=model.revision, local_files_only=True))
 
 
 def _digest(parts: Any) -> str:

@@ -223,7 +223,7 @@ def _instead_of(x: Tensor) -> tuple[tuple[Tensor, ...], FormedAgain | None]:
 
 
 def dropout(h: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    """h with a share of its numbers set to 0 and the others scaled up; and which ones it kept.
+    """H with a share of its numbers set to 0 and the others scaled up; and which ones it kept.
 
     On a CPU PyTorch's own draws a double for each number, in one thread. Here four numbers share
     the generator's 64 bits, so that the rate is a multiple of 2^-16.

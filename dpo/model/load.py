@@ -21,10 +21,18 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dpo.config import Config, LoraConfig, ModelConfig
+from dpo.config import Config, ModelConfig
 from dpo.errors import UserError
 from dpo.model.lean import make_lean
-from dpo.model.named import adapter_settings, base_of, from_hub_or_disk, load_shape
+from dpo.model.named import (
+    Adapter,
+    adapter_of,
+    base_of,
+    check_stored_quantization,
+    explained,
+    from_hub_or_disk,
+    load_shape,
+)
 
 REFERENCE_ADAPTER = "reference"  # the frozen copy of an adapter that the policy starts from
 
@@ -71,10 +79,9 @@ def load_policy(config: Config, device: torch.device | str, *, dequantized: bool
         UserError: not found, weights missing, an adapter that PEFT cannot place, or one whose
             reference could not be restored.
     """
-    path = config.model.path
-    if adapter_settings(path) and config.model.adapter == "none":
+    if adapter_of(config.model) and config.model.adapter == "none":
         raise UserError(
-            f"model.adapter: got none, but {path} is an adapter. Set model.adapter to lora, or "
+            f"model.adapter: got none, but {config.model.path} is an adapter. Set model.adapter to lora, or "
             "merge it first and name the merged model."
         )
     base = load_base(base_of(config.model), device)
@@ -83,8 +90,7 @@ def load_policy(config: Config, device: torch.device | str, *, dequantized: bool
 
 def build_policy(base: PreTrainedModel, config: Config) -> Policy:
     """Chooses what trains and adds or loads the adapter; the base may have no numbers (meta)."""
-    path = config.model.path
-    adapter = adapter_settings(path)
+    adapter = adapter_of(config.model)
     policy = Policy(base)
     policy.notes += [f"set to 0 in both passes: {name}" for name in zero_dropouts(base)]
     if getattr(base.config.get_text_config(), "router_aux_loss_coef", None):
@@ -95,7 +101,7 @@ def build_policy(base: PreTrainedModel, config: Config) -> Policy:
         base.requires_grad_(False)
         policy.starts_from_adapter = adapter is not None
         policy.model = (
-            _load_adapter(base, path, config.lora, adapter, policy.notes)
+            _load_adapter(base, config, adapter, policy.notes)
             if adapter
             else _new_adapter(base, config)
         )
@@ -149,7 +155,10 @@ def compile_layers(base: PreTrainedModel, device: torch.device) -> None:
 def load_base(model: ModelConfig, device: torch.device | str) -> PreTrainedModel:
     """A whole model, quantised as configured, in train mode; every weight must be in the files."""
     options: dict[str, Any] = {"dtype": "auto" if model.dtype == "auto" else model.dtype}
-    if model.quantization in ("nf4", "fp4"):
+    is_stored_so = check_stored_quantization(model) is not None
+    if is_stored_so:
+        pass
+    elif model.quantization in ("nf4", "fp4"):
         own = load_shape(model).dtype if model.dtype == "auto" else getattr(torch, model.dtype)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -172,6 +181,9 @@ def load_base(model: ModelConfig, device: torch.device | str) -> PreTrainedModel
             f"them {', '.join(sorted(info['missing_keys'])[:5])}: they would be random. Take a "
             "whole checkpoint."
         )
+    for module in base.modules() if is_stored_so else ():
+        if hasattr(module, "compute_dtype"):  # as if it were quantised now
+            module.compute_dtype = base.dtype
     keep_4bit_trainable(base)
     return base.train()
 
@@ -250,36 +262,65 @@ def _new_adapter(base: PreTrainedModel, config: Config) -> nn.Module:
         use_dora=lora.use_dora,
     )
     try:
-        return peft.get_peft_model(base, settings)
+        adapted = peft.get_peft_model(base, settings)
     except ValueError as error:
+        is_about_dropout = "dropout" in str(error)
+        remedy = (
+            "Set lora.dropout to 0: PEFT has none for such weights"
+            if is_about_dropout
+            else "Name linear layers of this model, or all-linear"
+        )
         raise UserError(
-            f"lora.target_modules: got {lora.target_modules!r}, which PEFT cannot place: {error} "
-            "Name linear layers of this model, or all-linear."
+            f"lora.{'dropout' if is_about_dropout else 'target_modules'}: got "
+            f"{lora.dropout if is_about_dropout else lora.target_modules!r}, which PEFT cannot "
+            f"place: {error} {remedy}."
         ) from None
+    _check_no_tied_adapter(base)
+    return adapted
+
+
+def _check_no_tied_adapter(base: PreTrainedModel) -> None:
+    """Refuses an adapter on weights that two layers share: merged, it would change both."""
+    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
+    for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
+        if tied and hasattr(layer, "lora_A"):
+            raise UserError(
+                "lora.target_modules: an adapter is on the embeddings, which the head shares "
+                "(tie_word_embeddings): it could not be merged. Name other layers, or all-linear."
+            )
 
 
 def _load_adapter(
-    base: PreTrainedModel, path: str, lora: LoraConfig, settings: dict[str, Any], notes: list[str]
+    base: PreTrainedModel, config: Config, adapter: Adapter, notes: list[str]
 ) -> nn.Module:
     """The adapter to train on, and beside it the same adapter again, frozen: the reference."""
     import peft
 
+    folder, settings = str(adapter.folder), adapter.settings
     if settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none":
         raise UserError(
-            f"model.name_or_path: the adapter in {path} is {settings.get('peft_type')} with bias "
-            f"{settings.get('bias')!r}, wanted LORA with bias 'none': PEFT cannot switch others "
-            "off exactly, so there would be no reference. Merge it and start from the merged model."
+            f"model.name_or_path: the adapter in {config.model.path} is "
+            f"{settings.get('peft_type')} with bias {settings.get('bias')!r}, wanted LORA with "
+            "bias 'none': PEFT cannot switch others off exactly, so there would be no reference. "
+            "Merge it and start from the merged model."
         )
-    loaded = peft.PeftConfig.from_pretrained(path)
-    loaded.lora_dropout = lora.dropout  # type: ignore[attr-defined]
+    loaded = peft.PeftConfig.from_pretrained(folder)
+    loaded.lora_dropout = config.lora.dropout  # type: ignore[attr-defined]
     notes.append(
-        f"adapter from {path}: r {settings['r']}, alpha {settings['lora_alpha']}; of lora.*, only "
-        "dropout is used"
+        f"adapter from {config.model.path}: r {settings['r']}, alpha {settings['lora_alpha']}, on "
+        f"{settings['base_model_name_or_path']}; of lora.*, only dropout is used"
     )
-    model = peft.PeftModel.from_pretrained(base, path, is_trainable=True, config=loaded)
-    frozen = peft.PeftConfig.from_pretrained(path)
+    with explained(
+        f"model.name_or_path: the adapter in {config.model.path} does not load onto "
+        f"{settings['base_model_name_or_path']}",
+        "Check that its files are whole and that this is its base. An adapter over a vocabulary "
+        "that was resized needs the resized model as its base.",
+    ):
+        model = peft.PeftModel.from_pretrained(base, folder, is_trainable=True, config=loaded)
+    _check_no_tied_adapter(base)
+    frozen = peft.PeftConfig.from_pretrained(folder)
     frozen.lora_dropout = 0.0  # type: ignore[attr-defined]
     model.add_adapter(REFERENCE_ADAPTER, frozen)
-    model.load_adapter(path, REFERENCE_ADAPTER, is_trainable=False)
+    model.load_adapter(folder, REFERENCE_ADAPTER, is_trainable=False)
     model.set_adapter("default")
     return model

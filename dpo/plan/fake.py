@@ -20,7 +20,7 @@ from dpo.config import Config, ModelConfig
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
 from dpo.model.load import Policy, build_policy, without_peft
-from dpo.model.named import load_shape
+from dpo.model.named import check_stored_quantization, load_shape
 from dpo.model.reference import adapter_off
 from dpo.model.scorer import Scorer
 from dpo.plan.memory import PeakBytes
@@ -136,6 +136,7 @@ def meta_model(model: ModelConfig) -> PreTrainedModel:
     Raises:
         UserError: there is no such model, or it is no causal language model.
     """
+    check_stored_quantization(model)
     shape = load_shape(model)
     dtype = shape.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
     try:

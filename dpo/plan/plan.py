@@ -118,7 +118,7 @@ def first_rows(config: Config) -> Sample:
         tokenizer = load_tokenizer(config.model)
         sources = list_sources(data)
         for source in sources:
-            rows, format = open_rows(source, data.subset, data.revision)
+            rows, format = open_rows(source, data, data.subset, data.revision)
             num_rows += len(rows) * source.weight
             count = SAMPLE_ROWS // len(sources) or 1
             first = first_pairs(rows, format, data, tokenizer, count, audit)

@@ -25,6 +25,7 @@ from dpo import run_folder
 from dpo.cli import save
 from dpo.config import Config, absolute, as_saved
 from dpo.data.files import file_sums
+from dpo.data.loader import list_sources
 from dpo.data.order import Order
 from dpo.errors import UserError
 from dpo.model.load import is_adapted, load_weights
@@ -69,38 +70,70 @@ class Identity:
 
 
 def find_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that `train.resume` means, None for a fresh start; changes nothing.
+    """The checkpoint that `train.resume` means, None for a fresh start; it locks an old run.
 
     Raises:
-        UserError: the run is finished and has no new end or no checkpoint, its checkpoint is
-            damaged, or the configuration changed.
+        UserError: the folder is not a run's or another run writes into it, the run is finished and
+            has no new end or no checkpoint, its checkpoint is damaged, or the configuration
+            changed.
     """
-    folder, resume = Path(config.train.output_dir), config.train.resume
+    folder = Path(config.train.output_dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(
             f"train.output_dir: got {folder}, but {existing} is no folder that can be written to. "
             "Name another."
         )
+    _lock_old_run(folder)
+    checkpoint = _named_checkpoint(config, folder)
+    if checkpoint is None or checkpoint.resolve().parent != folder.resolve():
+        _check_put_aside(config, folder)
+    if checkpoint:
+        verify(checkpoint)
+        _check_same_config(config, checkpoint)
+    return checkpoint
+
+
+def _named_checkpoint(config: Config, folder: Path) -> Path | None:
+    resume = config.train.resume
     if resume == "never":
         return None
     if resume == "auto":
         found = list_checkpoints(folder)
         if (folder / run_folder.SUMMARY).exists():
             _check_finished(config, folder, has_checkpoint=bool(found))
-        if not found:
-            return None
-        checkpoint = found[-1]
-    else:
-        checkpoint = Path(resume)
-        if not (checkpoint / "state.json").exists():
+        return found[-1] if found else None
+    if not (Path(resume) / "state.json").exists():
+        raise UserError(
+            f"train.resume: got {resume!r}, wanted auto, never, or a checkpoint folder (with a "
+            "state.json)."
+        )
+    return Path(resume)
+
+
+def _lock_old_run(folder: Path) -> None:
+    """Locks the folder of an old run; a folder that holds anything else is refused."""
+    found = sorted(path.name for path in folder.glob("*") if not path.name.startswith("."))
+    if found and not run_folder.is_run(folder):
+        raise UserError(
+            f"train.output_dir: got {folder}, which holds {', '.join(found[:5])} and is no run's "
+            "folder. Name a new or an empty one."
+        )
+    if found:
+        run_folder.lock(folder)
+
+
+def _check_put_aside(config: Config, folder: Path) -> None:
+    """Refuses to rename a folder that this run needs where it is."""
+    data = config.data
+    sources = [*list_sources(data), *([data.eval_source] if data.eval_source else [])]
+    needed = [Path(config.model.path), *(Path(s.location) for s in sources), Path.cwd()]
+    for path in needed if run_folder.is_run(folder) else ():
+        if path.exists() and path.resolve().is_relative_to(folder.resolve()):
             raise UserError(
-                f"train.resume: got {resume!r}, wanted auto, never, or a checkpoint folder (with a "
-                "state.json)."
+                f"train.output_dir: the old run in {folder} would be put aside, and {path} with "
+                "it. Name another folder."
             )
-    verify(checkpoint)
-    _check_same_config(config, checkpoint)
-    return checkpoint
 
 
 def check_end(config: Config, checkpoint: Path, order: Order) -> int:
@@ -133,9 +166,10 @@ def prepare_run_folder(folder: Path, checkpoint: Path | None) -> None:
     checkpoint of another folder brings along what was logged before it.
     """
     is_here = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
-    if (folder / run_folder.CONFIG).exists() and not is_here:
-        _put_aside(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if run_folder.is_run(folder) and not is_here:
+        _put_aside(folder.resolve())  # a link stays, and leads to the new folder
+    folder.resolve().mkdir(parents=True, exist_ok=True)
+    run_folder.lock(folder)
     (folder / run_folder.SUMMARY).unlink(missing_ok=True)  # it says that the run is finished
     if checkpoint and is_here:
         for later in list_checkpoints(folder):

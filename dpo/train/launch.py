@@ -1,25 +1,51 @@
 """Accelerate, for what it is best at: devices, processes and trackers."""
 
 import os
+from pathlib import Path
 
+import psutil
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from huggingface_hub.constants import HF_HOME
 
 from dpo.config import Config
 from dpo.device import choose_device
 from dpo.errors import UserError
+
+_NOT_OFFERED = {  # by the variable in which `accelerate launch` passes it on
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
 
 
 def build_accelerator(config: Config, trackers: list[str]) -> Accelerator:
     """Accelerate for devices, processes and trackers alone; model.dtype decides the precision.
 
     Raises:
-        UserError: torch cannot use this machine's GPU, or each process would train alone.
+        UserError: torch cannot use this machine's GPU, each process would train alone, or
+            accelerate's configuration asks for what is not offered.
     """
     prepare_torch(config)
+    for name, what in _NOT_OFFERED.items():
+        if os.environ.get(name, "").lower() in ("true", "1"):
+            raise UserError(
+                f"accelerate: {what} is asked for ({name} is set), and this trainer does not have "
+                "it: each process would hold the whole model. Choose another accelerate "
+                "configuration (--config_file), or unset the variable."
+            )
+    is_cpu = choose_device(config.train.device).type == "cpu"
+    if is_cpu and (asked := _processes_asked_for()) > 1:
+        raise UserError(
+            f"accelerate: {asked} processes are asked for, but without --multi_gpu it starts one on "
+            "CPUs. Launch with `accelerate launch --multi_gpu --num_processes N`, `dpo train "
+            "--num_processes N` or torchrun, or ask for 1."
+        )
     accelerator = Accelerator(
-        cpu=choose_device(config.train.device).type == "cpu",
+        cpu=is_cpu,
         mixed_precision="no",
         log_with=trackers or None,  # type: ignore[arg-type]
         project_dir=config.train.output_dir,
@@ -32,6 +58,35 @@ def build_accelerator(config: Config, trackers: list[str]) -> Accelerator:
             "launch with `accelerate launch --multi_gpu --num_processes N` or torchrun."
         )
     return accelerator
+
+
+def _processes_asked_for() -> int:
+    """What `accelerate launch`, if it started this process alone, was asked for; else 1."""
+    words = psutil.Process(os.getppid()).cmdline()
+    if "WORLD_SIZE" in os.environ or not any(Path(w).name == "accelerate" for w in words[:2]):
+        return 1
+    pairs = [
+        word.partition("=")[::2] if "=" in word else (word, after)
+        for word, after in zip(words, [*words[1:], ""])
+    ]
+    flags = dict(reversed(pairs))  # the first of equal ones: the script's own come later
+    file = Path(flags.get("--config_file") or Path(HF_HOME, "accelerate", "default_config.yaml"))
+    saved = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    return int(flags.get("--num_processes") or saved.get("num_processes") or 1)
+
+
+def launcher_notes() -> list[str]:
+    """What accelerate's configuration asks for and this trainer's own keys decide, in words."""
+    unless = {
+        "ACCELERATE_MIXED_PRECISION": ("no", "mixed_precision", "model.dtype decides"),
+        "ACCELERATE_DYNAMO_BACKEND": ("no", "dynamo_backend", "model.compile decides"),
+    }
+    given = {name: os.environ.get(name, "no").lower() for name in unless}
+    return [
+        f"accelerate's {key} {given[name]} is not used: {instead}"
+        for name, (off, key, instead) in unless.items()
+        if given[name] != off
+    ]
 
 
 def prepare_torch(config: Config) -> None:

@@ -1,5 +1,6 @@
 """What a run reports: progress bar, `metrics.jsonl`, Accelerate's trackers, closing table."""
 
+import difflib
 import json
 import platform
 import sys
@@ -159,10 +160,14 @@ def check_trackers(report_to: str | list[str]) -> list[str]:
     installed = {str(LoggerType(name)) for name in get_available_trackers()}
     for name in wanted:
         if name not in installed:
-            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            known = sorted(LOGGER_TYPE_TO_CLASS)
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"The nearest is {near[0]}." if near else "Take another."
+            if name in known:
+                remedy = f"Install it (pip install {name}), or take another."
             raise UserError(
-                f"train.report_to: got {name!r}, wanted none or an installed one of {known}. "
-                f"Install it (pip install {name}), or take another."
+                f"train.report_to: got {name!r}, wanted none or an installed one of "
+                f"{', '.join(known)}. {remedy}"
             )
     return wanted
 

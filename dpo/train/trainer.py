@@ -21,15 +21,17 @@ from dpo import run_folder
 from dpo.catalogue import is_better
 from dpo.cli import save
 from dpo.config import Config
+from dpo.data.chat import choose_template
 from dpo.data.loader import load_data
 from dpo.data.order import Order, is_due
+from dpo.data.tokens import template_digest
 from dpo.evaluate.diagnostics import Watch
 from dpo.evaluate.evaluator import Evaluator
 from dpo.evaluate.token_rewards import rewards_to_show
 from dpo.metrics import RunningMeans
 from dpo.model.fingerprint import weights_digest
 from dpo.model.models import build_models
-from dpo.model.named import load_tokenizer
+from dpo.model.named import check_vocabulary, load_tokenizer, save_tokenizer
 from dpo.plan.flops import costs
 from dpo.plan.gpus import peak_tflops
 from dpo.plan.plan import time_on_this_cpu
@@ -38,7 +40,7 @@ from dpo.report.page import write_report
 from dpo.train import checkpoint as checkpoints
 from dpo.train.budget import load_policy_to_fit, probe_pairs, settle_dtype, token_budget
 from dpo.train.header import header
-from dpo.train.launch import build_accelerator
+from dpo.train.launch import build_accelerator, launcher_notes
 from dpo.train.optim import build_optimizer
 from dpo.train.selfcheck import check_start, shortest_pairs
 from dpo.train.step import TrainStep
@@ -91,6 +93,8 @@ class Run:
 
         self.tokenizer = load_tokenizer(config.model)
         self.data = data = main_first(accelerator, lambda: load_data(config, self.tokenizer))
+        largest = max(pairs.largest_id for pairs in (data.train, data.held_out))
+        check_vocabulary(config.model, self.tokenizer, largest)
         self.order = order = Order.of(config.train, len(data.train), accelerator.num_processes)
         planned = order.num_steps
         if resume_from:
@@ -101,7 +105,7 @@ class Run:
         time = self._tell_time()
         probe = probe_pairs(data.train, order)
         policy = load_policy_to_fit(config, accelerator, probe)
-        policy.notes += about_dtype
+        policy.notes += about_dtype + launcher_notes()
         all_pairs = chain(data.train.select(order.seen()), data.held_out)
         # Sampled answers are pairs that nobody knows yet.
         asked_for = None if config.train.eval_prompts else all_pairs
@@ -184,6 +188,12 @@ class Run:
         some, kind = self.data.some_pairs(run_folder.NUM_PAIRS)
         kept = ({"kind": kind, **asdict(pair)} for pair in some)
         run_folder.write_lines(self.folder / run_folder.PAIRS, kept)
+        digests = {
+            "weights": weights_digest(self.config.model),
+            "template": template_digest(self.tokenizer, self.config.data),
+            "data": self.data.digest,
+        }
+        (self.folder / run_folder.DIGESTS).write_text(json.dumps(digests))
 
     def check_start(self) -> None:
         """Refuses to train on numbers that cannot be trusted, see `dpo.train.selfcheck`."""
@@ -251,7 +261,7 @@ class Run:
         if self.accelerator.is_main_process:
             final = self.folder / run_folder.FINAL
             checkpoints.save_weights(self.models.policy.model, final)
-            self.tokenizer.save_pretrained(final)
+            self._save_tokenizer(final)
             self.tracker.close_bar()
             evaluations = self.tracker.evaluations()
             before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
@@ -271,7 +281,8 @@ class Run:
             if self.config.train.write_report:
                 self._write_report()
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()  # comes last: it closes trackers and the process group
+        self.accelerator.end_training()  # it closes trackers and the process group
+        run_folder.unlock(self.folder)
         return self.folder
 
     @cached_property
@@ -304,9 +315,13 @@ class Run:
         self.best = {"step": step, name: metrics[name]}
         best = self.folder / run_folder.BEST
         checkpoints.save_weights(self.models.policy.model, best)
-        self.tokenizer.save_pretrained(best)
+        self._save_tokenizer(best)
         (best / run_folder.BEST_METRIC).write_text(json.dumps(self.best))
         return 0
+
+    def _save_tokenizer(self, folder: Path) -> None:
+        template = choose_template(self.tokenizer, self.config.data)
+        save_tokenizer(self.config.model, self.tokenizer, template, folder)
 
     def _note_early_stop(self, step: int) -> str:
         """Says that the run stopped early and why, and notes it in the header."""

@@ -7,6 +7,7 @@ import transformers
 
 from dpo.after.merged import load_merge_base, merge_adapter, save_model
 from dpo.cli import parse
+from dpo.config import ModelConfig
 from dpo.errors import UserError
 from tests.models import QUICKSTART_MODEL, tiny
 
@@ -101,7 +102,8 @@ def test_a_saved_model_ends_its_answers_as_training_did(tmp_path, sampling):
     )
     model.generation_config = transformers.GenerationConfig(eos_token_id=2, **sampling)
     how = {"template": "{{ messages[0].content }}", "stops": [2, 5], "max_shard_size": "20KB"}
-    save_model(model, tokenizer, tmp_path, **how)
+    source = ModelConfig(name_or_path=QUICKSTART_MODEL)
+    save_model(model, tokenizer, tmp_path, source=source, **how)
     settings = transformers.GenerationConfig.from_pretrained(tmp_path)
     assert settings.eos_token_id == [2, 5]
     assert settings.pad_token_id == tokenizer.pad_token_id

@@ -1,6 +1,6 @@
 """Preferences to tokenise, and what came of them."""
 
-from dpo.config import Config
+from dpo.config import Config, DataConfig
 from dpo.data.audit import Audit
 from dpo.data.chat import ChatTokenizer, choose_template
 from dpo.data.formats import Preference
@@ -54,10 +54,10 @@ def chatml(chosen, rejected="Paris.<|im_end|>\n"):
 class Run:
     """Tokenises preferences as rows 1, 2, ...; shows what came of them."""
 
-    def __init__(self, family, *preferences, limits=ROOM, choice="auto", pad=None):
+    def __init__(self, family, *preferences, limits=ROOM, choice="auto", pad=None, **keys):
         self.tokenizer = build(family, pad=pad)
         self.audit = Audit()
-        template = choose_template(self.tokenizer, choice)
+        template = choose_template(self.tokenizer, DataConfig(chat_template=choice, **keys))
         chat = ChatTokenizer(self.tokenizer, template, limits, self.audit)
         rows = list(enumerate(preferences, start=1))
         self.kept = dict(chat.tokenize(rows))
@@ -125,6 +125,7 @@ def config(path, seed=42, **data):
     settings = Config()
     settings.data.name_or_path = path
     settings.train.seed = seed
+    settings.data.max_dropped = 1.0  # a few rows, of which some are bad
     for key, value in data.items():
         setattr(settings.data, key, value)
     return settings

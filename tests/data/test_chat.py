@@ -1,11 +1,13 @@
 """What is scored of an answer, token by token, under the templates of well-known families."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dpo.config import DataConfig
 from dpo.data.audit import Audit
 from dpo.data.chat import (
     CHATML,
@@ -116,15 +118,15 @@ def test_both_answers_keep_a_newline_that_merges_with_the_prompts():
 
 def test_auto_takes_the_tokenizers_template_then_chatml_then_none():
     llama = FAMILIES["llama 3"]
-    assert choose_template(build(llama), "auto") == llama.template
+    assert choose_template(build(llama), DataConfig(chat_template="auto")) == llama.template
     bare = Family(template=None, special=("<|im_start|>", "<|im_end|>"), eos="<|im_end|>")
-    assert choose_template(build(bare), "auto") == CHATML
-    assert choose_template(build(BASE), "auto") is None
+    assert choose_template(build(bare), DataConfig(chat_template="auto")) == CHATML
+    assert choose_template(build(BASE), DataConfig(chat_template="auto")) is None
 
 
 def test_chatml_can_be_asked_for_against_the_tokenizers_own_template():
     family = FAMILIES["qwen 3"]
-    assert choose_template(build(family), "chatml") == CHATML
+    assert choose_template(build(family), DataConfig(chat_template="chatml")) == CHATML
     assert Run(family, messages(), choice="chatml").texts[1] == "The Rhine.<|im_end|>"
 
 
@@ -139,7 +141,7 @@ def test_our_chatml_writes_what_the_models_of_that_family_write():
 def test_chatml_is_refused_without_its_control_tokens():
     only_one = Family(template=None, special=("<|im_end|>",), eos="<|im_end|>")
     with pytest.raises(UserError, match=r"got chatml, but .* does not know <\|im_start\|> as sin"):
-        choose_template(build(only_one), "chatml")
+        choose_template(build(only_one), DataConfig(chat_template="chatml"))
     with pytest.raises(UserError, match=r"here, .* know <\|im_start\|> and <\|im_end\|> as single"):
         require_chatml(build(BASE), "here")
     require_chatml(build(FAMILIES["chatml"]), "here")
@@ -165,7 +167,7 @@ def test_a_template_can_be_a_file(tmp_path):
         "Paris.</s>",
     ]
     with pytest.raises(UserError, match=r"got '.*missing', wanted auto, chatml, none or an exist"):
-        choose_template(build(BASE), str(tmp_path / "missing"))
+        choose_template(build(BASE), DataConfig(chat_template=str(tmp_path / "missing")))
 
 
 def test_a_template_that_is_no_jinja_is_refused_before_any_row(tmp_path):
@@ -472,3 +474,129 @@ def test_tokenising_prompt_and_answer_apart_would_give_other_tokens():
     apart = _base("x:")["input_ids"] + _base(" a", add_special_tokens=False)["input_ids"]
     assert apart != _base("x: a")["input_ids"]
     assert _base.decode(apart) == _base.decode(_base("x: a")["input_ids"])
+
+
+# ------------------------------------------------------- tools, thinking, and what is left out
+
+
+CALLS = (
+    "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' + m.content }}"
+    "{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}"
+    "<|im_end|>{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
+)
+WITH_CALLS = Family(template=CALLS, special=FAMILIES["chatml"].special, eos="<|im_end|>")
+TOOLS = [{"name": "day", "parameters": {}}]
+
+
+def call(arguments):
+    made = {"type": "function", "function": {"name": "day", "arguments": arguments}}
+    return assistant("") | {"tool_calls": [made]}
+
+
+@pytest.mark.parametrize(
+    ("preference", "what"),
+    [
+        (messages(tools=TOOLS), "tools"),
+        (messages(prompt=[user("a"), call({"a": 1}), tool("b"), user("c")]), "tool calls"),
+        (messages(chosen=[call({"a": 1})], rejected=[call({"a": 2})]), "tool calls"),
+        (messages(chosen=[assistant("4") | {"reasoning_content": "2 + 2"}]), "thinking"),
+    ],
+)
+def test_a_row_is_dropped_if_the_template_leaves_out_what_it_is_about(preference, what):
+    """And not under a template that writes it."""
+    run = Run(FAMILIES["chatml"], preference, messages())
+    assert run.dropped == {f"the template does not write its {what}": [1]}
+    assert list(run.kept) == [2]
+    assert Run(WITH_CALLS, preference).dropped == {}
+
+
+@pytest.mark.parametrize("what", ["system message", "tool results"])
+def test_so_is_one_whose_system_message_or_tool_result_is_left_out(what):
+    template = CALLS.replace(
+        "m.content }}", "(m.content if m.role == 'user' or m.role == 'assistant' else '') }}"
+    )
+    family = Family(template=template, special=WITH_CALLS.special, eos="<|im_end|>")
+    prompt = {
+        "system message": [system("Be brief."), user("a")],
+        "tool results": [user("a"), call({"a": 1}), tool("b"), user("c")],
+    }[what]
+    run = Run(family, messages(prompt=prompt))
+    assert run.dropped == {f"the template does not write its {what}": [1]}
+    assert Run(WITH_CALLS, messages(prompt=prompt)).dropped == {}
+
+
+def test_thinking_of_earlier_turns_may_be_left_out_and_is_said():
+    earlier = assistant("4") | {"reasoning_content": "2 + 2"}
+    run = Run(WITH_CALLS, messages(prompt=[user("a"), earlier, user("b")]))
+    assert run.noted == {"the template leaves out the thinking of earlier turns": [1]}
+
+
+def test_arguments_that_are_json_text_are_not_escaped_twice():
+    run = Run(WITH_CALLS, messages(chosen=[call('{"a": 1}')], rejected=[call('{"a": 2}')]))
+    assert run.texts[1] == '{"a": 1}<|im_end|>'
+    as_it_is = Family(
+        template=CALLS.replace("c.function.arguments | tojson", "c.function.arguments"),
+        special=WITH_CALLS.special,
+        eos="<|im_end|>",
+    )
+    run = Run(as_it_is, messages(chosen=[call('{"a":1}')], rejected=[call('{"a":2}')]))
+    assert run.texts[1] == '{"a":1}<|im_end|>'
+
+
+def test_of_named_templates_the_one_for_tools_writes_rows_with_tools():
+    """As transformers chooses; and it is one template, which can be saved with the model."""
+    tokenizer = build(FAMILIES["chatml"])
+    tokenizer.chat_template = {"default": FAMILIES["chatml"].template, "tool_use": CALLS}
+    template = choose_template(tokenizer, DataConfig())
+    for preference in (messages(), messages(tools=TOOLS)):
+        said = [*preference.prompt, *preference.chosen]
+        given = {"tools": preference.tools, "tokenize": False}
+        expected = tokenizer.apply_chat_template(said, **given)
+        assert tokenizer.apply_chat_template(said, chat_template=template, **given) == expected
+        assert ("TOOLS" in expected) == bool(preference.tools)
+
+
+def test_named_templates_without_a_default_are_refused():
+    tokenizer = build(FAMILIES["chatml"])
+    tokenizer.chat_template = {"rag": CALLS}
+    with pytest.raises(UserError, match="templates are rag, and none is the default"):
+        choose_template(tokenizer, DataConfig())
+
+
+SWITCHED = "{% if thinks %}Think. {{ style }}{% endif %}" + CALLS
+
+
+def test_a_template_gets_its_arguments_and_a_rows_own_win():
+    family = Family(template=SWITCHED, special=WITH_CALLS.special, eos="<|im_end|>")
+    values = {"thinks": True, "style": 'it\'s "so"\n'}
+    of_run = Run(family, messages(), template_arguments=values)
+    assert of_run.texts[0].startswith('Think. it\'s "so"\n<|im_start|>user')
+    own = replace(messages(), template_arguments={"thinks": False})
+    plain = Run(WITH_CALLS, messages()).texts
+    assert Run(family, own, template_arguments=values).texts == plain
+    assert Run(family, messages()).texts == plain
+
+
+# --------------------------------------------------------------------------------- prefill
+
+
+def test_an_answer_continues_a_prompt_that_ends_with_the_assistants_words():
+    prompt = [user("A line about roses."), assistant("Roses are")]
+    run = Run(FAMILIES["chatml"], messages(prompt, " red.", " cheese."))
+    assert run.texts == [
+        "<|im_start|>user\nA line about roses.<|im_end|>\n<|im_start|>assistant\nRoses are",
+        " red.<|im_end|>",
+        " cheese.<|im_end|>",
+    ]
+    assert run.noted == {"answer continues the prompt's last turn": [1]}
+
+
+def test_a_continued_answer_may_have_several_turns():
+    prompt = [user("A line about roses."), assistant("Roses are")]
+    run = Run(
+        FAMILIES["chatml"], messages(prompt, [assistant(" red."), tool("ok"), assistant("End.")])
+    )
+    assert run.scored == [" red.<|im_end|>", "End.<|im_end|>"]

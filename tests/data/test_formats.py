@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.data.formats import FORMATS, RowError, recognise, to_preference
+from dpo.data.formats import FORMATS, RowError, recognise, to_preference, unread_columns
+from dpo.data.sources import _own_keys
 from dpo.errors import UserError
 from tests.data.rows import assistant, system, tool, user
 
@@ -427,7 +428,7 @@ def test_an_answer_that_the_other_continues_keeps_its_last_turn():
 
 
 def test_answers_of_several_turns_keep_their_tool_turns_and_calls():
-    """Keys that templates read stay, metadata and nulls go, in messages and in tools."""
+    """Keys that templates read stay and metadata go; so do the nulls that Arrow puts anywhere."""
     call = {"type": "function", "function": {"name": "weather", "arguments": '{"at": "Bonn"}'}}
     asking = {"role": "assistant", "content": None, "tool_calls": [{**call, "id": None}], "hash": 7}
     row = {
@@ -436,7 +437,7 @@ def test_answers_of_several_turns_keep_their_tool_turns_and_calls():
         "rejected": [assistant("No idea.")],
         "tools": [WEATHER | {"strict": None}],
     }
-    preference = to_preference(row, "conversational")
+    preference = to_preference(_own_keys(row), "conversational")
     assert preference.prompt == [user("Cold?")]
     assert preference.chosen == [
         {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -499,7 +500,7 @@ def test_text_parts_are_joined_and_other_parts_drop_the_row():
         ({"chosen": [tool("A"), assistant("B")]}, "answer does not begin with the assistant"),
         ({"chosen": [user("A"), assistant("B")]}, "answer does not begin with the assistant"),
         ({"chosen": [assistant(None)]}, "empty answer"),
-        ({"prompt": [{"role": "narrator", "content": "Once"}]}, "unknown role"),
+        ({"prompt": [{"role": "narrator", "content": "Once"}]}, "unknown role 'narrator'"),
     ],
 )
 def test_conversations_that_cannot_be_used_are_dropped(change, why):
@@ -604,7 +605,7 @@ def test_a_sharegpt_system_column_opens_the_prompt_unless_a_system_turn_does():
         ({"chosen": {"from": "gpt", "value": " "}}, "empty answer"),
         ({"rejected": None}, "empty answer"),
         ({"rejected": {"from": "human", "value": "B"}}, "answer does not end with the assistant"),
-        ({"rejected": {"from": "function_call", "value": "{}"}}, "unknown role"),
+        ({"rejected": {"from": "function_call", "value": "{}"}}, "unknown role 'function_call'"),
         ({"conversations": []}, "empty prompt"),
     ],
 )
@@ -662,3 +663,97 @@ def test_rows_are_not_changed_by_their_conversion():
             with contextlib.suppress(RowError):
                 to_preference(row, name)
             assert json.dumps(row) == before
+
+
+# ------------------------------------------------------------------------- what is not read
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "lost"),
+    [
+        ("text", TEXT | {"input": "2 + 2"}, "input"),
+        ("text", TEXT | {"history": [["Hi", "Hello"]]}, "history"),
+        ("text", TEXT | {"system": "Be brief."}, "system"),
+        ("text", TEXT | {"System_Prompt": "Be brief."}, "System_Prompt"),
+        ("text", TEXT | {"tools": [{"name": "f"}]}, "tools"),
+        ("orca_dpo_pairs", ORCA | {"prompt": "Answer in French."}, "prompt"),
+        ("orca_dpo_pairs", ORCA | {"images": ["a.png"]}, "images"),
+        ("conversational", CONVERSATIONAL | {"context": "The Rhine is a river."}, "context"),
+        ("sharegpt", SHAREGPT | {"images": ["a.png"]}, "images"),
+    ],
+)
+def test_a_column_that_may_be_part_of_a_row_is_read_or_refused(name, row, lost):
+    """Whatever the first hundred rows hold; where it is empty it takes nothing away."""
+    with pytest.raises(
+        UserError, match=rf"line 101: '{lost}' may be a part of the row.* data\.ign"
+    ):
+        to_preference(row, name, where="rows.jsonl, line 101")
+    for nothing in (None, "", []):
+        assert to_preference(row | {lost: nothing}, name) == to_preference(
+            {key: row[key] for key in row if key != lost}, name
+        )
+
+
+def test_other_columns_that_are_not_read_are_named_but_ids_scores_and_sources():
+    harmless = {"id": 1, "prompt_id": "a", "score_chosen": 9.0, "source": "x", "chosen_model": "m"}
+    row = TEXT | harmless | {"quality": "good", "empty": None}
+    assert unread_columns(row, "text") == ["quality"]
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
+def test_a_system_message_may_have_any_of_its_names(column):
+    row = {name: ORCA[name] for name in ORCA if name != "system"} | {column: "Be brief."}
+    assert to_preference(row, "orca_dpo_pairs").prompt[0] == system("Be brief.")
+    with pytest.raises(UserError, match="hold different texts"):
+        to_preference(
+            ORCA | {"system_prompt": "Be brief.", "system_message": "No."}, "orca_dpo_pairs"
+        )
+
+
+def test_message_lists_may_be_json_text():
+    row = {name: json.dumps(value) for name, value in CONVERSATIONAL.items()}
+    assert recognise([row], "rows") == "conversational"
+    assert to_preference(row, "conversational") == to_preference(CONVERSATIONAL, "conversational")
+    said = TEXT | {"chosen": '{"colour": "red", "from": 1}'}  # an answer that is JSON stays text
+    assert to_preference(said, "text").chosen == said["chosen"]
+
+
+def test_the_prompt_of_answers_alone_may_be_in_messages():
+    prompt, chosen, rejected = (
+        [user("Name a river.")],
+        [assistant("The Rhine.")],
+        [assistant("No.")],
+    )
+    row = {"messages": prompt, "chosen": chosen, "rejected": rejected}
+    assert recognise([row], "rows") == "conversational"
+    preference = to_preference(row, "conversational")
+    assert (preference.prompt, preference.chosen) == (prompt, chosen)
+    whole = row | {"messages": [*prompt, *chosen], "chosen": [*prompt, *chosen]}
+    whole |= {"rejected": [*prompt, *rejected]}
+    assert to_preference(whole, "conversational") == preference
+
+
+def test_reasoning_is_read_under_both_of_its_names():
+    answer = assistant("4") | {"reasoning": "2 + 2 is 4"}
+    row = {"prompt": [user("2 + 2?")], "chosen": [answer], "rejected": [assistant("5")]}
+    assert to_preference(row, "conversational").chosen[0]["reasoning_content"] == "2 + 2 is 4"
+
+
+def test_a_message_with_a_part_that_is_not_read_is_refused():
+    turn = assistant("") | {"function_call": {"name": "f", "arguments": "{}"}}
+    row = {"prompt": [user("Call f.")], "chosen": [turn], "rejected": [assistant("No.")]}
+    with pytest.raises(UserError, match="message of 'chosen' holds 'function_call', which is not"):
+        to_preference(row, "conversational")
+
+
+def test_a_null_of_the_users_is_kept():
+    """In a file of JSON; what Arrow puts where others have a key is taken out by the source."""
+    tools = [{"name": "f", "parameters": {"note": {"type": "string", "default": None}}}]
+    row = {"prompt": [user("Call f.")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    assert to_preference(row | {"tools": tools}, "conversational").tools == tools
+
+
+def test_an_unknown_role_is_named():
+    row = CONVERSATIONAL | {"chosen": [{"role": "Robot", "content": "beep"}]}
+    with pytest.raises(RowError, match="unknown role 'Robot'"):
+        to_preference(row, "conversational")

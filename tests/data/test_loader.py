@@ -68,7 +68,7 @@ def test_the_report_counts_every_reason_with_its_rows(write):
         "formats": {path: "conversational"},
         "dropped": {
             "empty answer": {"count": 1, "rows": [2]},
-            "unknown role": {"count": 1, "rows": [4]},
+            "unknown role 'critic'": {"count": 1, "rows": [4]},
             "empty prompt": {"count": 1, "rows": [5]},
             "not text": {"count": 1, "rows": [6]},
             "answer does not end with the assistant": {"count": 1, "rows": [7]},
@@ -287,3 +287,29 @@ def test_splits_and_subsets_of_one_folder_of_files_are_told_apart(tmp_path):
     path = str(tmp_path / "clone")
     data = load(path, eval_path=path, eval_split="test")
     assert (len(data.train), len(data.held_out)) == (3, 2)
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.0])
+def test_more_drops_for_one_reason_than_allowed_stop_the_run_with_their_rows(write, limit):
+    """Overlong rows that are dropped by choice do not count; a cached file is refused too."""
+    rows = [row(f"Q{i}?", "same" if i < 2 else "A", "same") for i in range(15)]
+    path = write(rows)
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"2 of .* \(such as 1, 2\) would be dropped: identical"
+        ):
+            load(path, max_dropped=limit)
+        assert load(path, max_dropped=0.2).report["dropped"]["identical answers"]["count"] == 2
+    long = write([row("Q?", "x" * 90), *rows[2:6]])
+    limits = {"max_length": 60, "max_prompt_length": 40, "on_overlong": "drop"}
+    assert load(long, max_dropped=limit, **limits).report["pairs_kept"] == 4
+
+
+def test_columns_that_are_not_read_are_counted_and_can_be_ignored(write):
+    path = write([row("Q?") | {"quality": 3, "context": ""}, row("P?") | {"context": ""}])
+    noted = load(path).report["noted"]
+    assert noted == {"column 'quality' not read": {"count": 1, "rows": [1]}}
+    path = write([row("Q?") | {"context": "The Rhine."}])
+    with pytest.raises(UserError, match="line 1: 'context' may be a part of the row"):
+        load(path)
+    assert load(path, ignored_columns=["context"]).report["pairs_kept"] == 1

@@ -1,7 +1,9 @@
 """What `load_policy` accepts, changes and refuses."""
 
 import json
+import shutil
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -11,6 +13,7 @@ import transformers
 from dpo.config import Config
 from dpo.data.stream import build_stream
 from dpo.errors import UserError
+from dpo.model import named
 from dpo.model.load import Policy, load_policy, zero_dropouts
 from dpo.model.named import load_tokenizer
 from dpo.model.reference import AdapterOff, Frozen, Zero, adapter_off, build_reference, choose_mode
@@ -237,3 +240,149 @@ def test_the_written_adapter_names_its_base(tmp_path):
     sft_adapter(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == QUICKSTART_MODEL
+
+
+# -------------------------------------------------------------------------- adapters on the hub
+
+
+def put_on_the_hub(monkeypatch, tmp_path, name, folder):
+    """The hub's cache as a download leaves it; no network is asked."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
+    repo = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, repo / "snapshots" / ("a" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    named._hub_adapter.cache_clear()
+    return repo / "snapshots" / ("a" * 40)
+
+
+@pytest.mark.parametrize("has_config", [False, True], ids=["", "with a config.json beside it"])
+def test_an_adapter_of_the_hub_is_an_adapter(tmp_path, monkeypatch, has_config):
+    """As some trainers save it, beside the config.json of its base."""
+    local = sft_adapter(tmp_path / "sft")
+    if has_config:
+        shutil.copy(Path(QUICKSTART_MODEL) / "config.json", local)
+    put_on_the_hub(monkeypatch, tmp_path, "someone/sft", local)
+    policy = load_policy(config("someone/sft"), "cpu")
+    assert policy.starts_from_adapter
+    assert any("adapter from someone/sft: r 2" in note for note in policy.notes)
+    expected = Scorer(load_policy(config(local), "cpu").model.eval())(STREAM)
+    assert torch.equal(Scorer(policy.model.eval())(STREAM), expected)
+    bare = Scorer(load_policy(config(), "cpu").model.eval())(STREAM)
+    assert not torch.equal(expected, bare)  # so dropping it would be seen
+    assert load_tokenizer(config("someone/sft").model).chat_template
+
+
+def test_a_model_of_the_hub_is_no_adapter_and_an_adapters_base_may_be_there(tmp_path, monkeypatch):
+    put_on_the_hub(monkeypatch, tmp_path, "someone/base", QUICKSTART_MODEL)
+    assert named.adapter_of(config("someone/base").model) is None
+    local = sft_adapter(tmp_path / "sft")
+    settings = json.loads((local / "adapter_config.json").read_text())
+    settings |= {"base_model_name_or_path": "someone/base", "revision": "a" * 40}
+    (local / "adapter_config.json").write_text(json.dumps(settings))
+    base = named.base_of(config(local, revision="of-the-adapter").model)
+    assert (base.name_or_path, base.revision) == ("someone/base", "a" * 40)
+    assert load_policy(config(local), "cpu").starts_from_adapter
+
+
+def test_an_adapter_on_an_adapter_is_refused(tmp_path):
+    below, above = sft_adapter(tmp_path / "below"), sft_adapter(tmp_path / "above")
+    settings = json.loads((above / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(below)
+    (above / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"an adapter on .*below', wanted one on a whole model"):
+        load_policy(config(above), "cpu")
+
+
+# --------------------------------------------------------------- what checkpoints may be like
+
+
+def stored_in_4_bits(tmp_path):
+    policy = load_policy(config(quantization="nf4", adapter="lora"), "cpu")
+    folder = tmp_path / "nf4"
+    policy.model.unload().save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_that_is_stored_in_4_bits_is_what_quantising_it_is(tmp_path):
+    folder = stored_in_4_bits(tmp_path)
+    expected = Scorer(load_policy(config(quantization="nf4"), "cpu").model)(STREAM)
+    assert torch.equal(
+        Scorer(load_policy(config(folder, quantization="nf4"), "cpu").model)(STREAM), expected
+    )
+    for wrong in ("none", "fp4", "int8"):
+        with pytest.raises(UserError, match=rf"got {wrong}, but .* stored in nf4. Set it to nf4"):
+            load_policy(config(folder, quantization=wrong), "cpu")
+    plain = load_policy(config(folder, quantization="nf4"), "cpu", dequantized=True)
+    assert torch.allclose(Scorer(plain.model)(STREAM), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8"])
+def test_a_checkpoint_of_another_quantisation_is_refused_with_the_way_out(tmp_path, method):
+    shutil.copytree(QUICKSTART_MODEL, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    said = json.loads(file.read_text()) | {
+        "quantization_config": {"quant_method": method, "bits": 4}
+    }
+    file.write_text(json.dumps(said))
+    for quantization in ("none", "nf4"):
+        with pytest.raises(
+            UserError, match=rf"stored in {method}.*Name the model that they were m"
+        ):
+            load_policy(config(tmp_path / "model", quantization=quantization), "cpu")
+
+
+@pytest.mark.parametrize("fault", ["a pointer", "cut", "empty", "no tokenizer.json"])
+def test_files_that_did_not_arrive_are_refused_with_a_remedy(tmp_path, fault):
+    shutil.copytree(QUICKSTART_MODEL, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = file.read_bytes()
+    if fault == "no tokenizer.json":
+        (tmp_path / "model" / "tokenizer.json").write_text("{")
+        with pytest.raises(UserError, match=r"cannot be loaded \(.*Check that its files are whole"):
+            load_tokenizer(config(tmp_path / "model").model)
+        return
+    file.write_bytes(
+        {"a pointer": b"version https://git-lfs...", "cut": weights[:5000], "empty": b""}[fault]
+    )
+    with pytest.raises(UserError, match=r"cannot be loaded \(.*may be a git LFS pointer"):
+        load_policy(config(tmp_path / "model"), "cpu")
+
+
+@pytest.mark.parametrize("fault", ["cut", "other base"])
+def test_an_adapter_that_does_not_load_is_refused(tmp_path, fault):
+    folder = sft_adapter(tmp_path / "sft")
+    if fault == "cut":
+        file = folder / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:500])
+    else:
+        other = tiny(hidden_size=64)
+        other.save_pretrained(tmp_path / "other")
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        settings["base_model_name_or_path"] = str(tmp_path / "other")
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"the adapter in .* does not load onto"):
+        load_policy(config(folder), "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True")
+def test_an_adapter_on_tied_embeddings_is_refused_before_training():
+    settings = config()
+    settings.lora.target_modules = ["q_proj", "embed_tokens"]
+    with pytest.raises(UserError, match="the embeddings, which the head shares"):
+        load_policy(settings, "cpu")
+
+
+def test_a_token_without_an_embedding_is_named():
+    model = config().model
+    tokenizer = load_tokenizer(model)
+    rows = named.load_shape(model).vocab_size
+    named.check_vocabulary(model, tokenizer, rows - 1)
+    tokenizer.add_tokens(["<new>"])
+    new = tokenizer.convert_tokens_to_ids("<new>")
+    with pytest.raises(
+        UserError, match=rf"token {new} \('<new>'\), but .* for {rows} tokens alone"
+    ):
+        named.check_vocabulary(model, tokenizer, max(new, rows))

@@ -1,6 +1,7 @@
 """A killed and resumed run is the straight run, and what is not the same run is not resumed."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from dpo.model.load import load_policy
 from dpo.model.scorer import Scorer
 from dpo.train import checkpoint as checkpoints
 from dpo.train.checkpoint import find_checkpoint
-from tests.train.runs import config, killed, metrics, model_folder, run, training
+from tests.train.runs import config, killed, metrics, model_folder, run, started, training
 
 
 def test_a_killed_and_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path):
@@ -242,3 +243,82 @@ def test_an_output_folder_that_cannot_be_made_is_refused_before_anything_loads(t
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"train\.output_dir: got .*file/run"):
         run(config(tmp_path, "--train.output_dir", tmp_path / "file" / "run"))
+
+
+# --------------------------------------------------------------------- what is not ours to move
+
+
+def test_a_folder_of_the_users_is_neither_renamed_nor_written_to(tmp_path):
+    """Although it has a config.yaml; negative control: an empty one is taken."""
+    mine = tmp_path / "run"
+    mine.mkdir()
+    (mine / "config.yaml").write_text("model: mine\n")
+    (mine / "data.jsonl").write_text("{}\n")
+    for resume in ("auto", "never"):
+        with pytest.raises(
+            UserError, match=r"holds config.yaml, data.jsonl and is no run's folder"
+        ):
+            started(config(tmp_path, "--train.resume", resume))
+    assert sorted(path.name for path in mine.iterdir()) == ["config.yaml", "data.jsonl"]
+    assert not (tmp_path / "run.old-1").exists()
+    for file in mine.iterdir():
+        file.unlink()
+    run(config(tmp_path))
+
+
+@pytest.mark.parametrize("what", ["rows", "model", "working directory"])
+def test_an_old_run_is_not_put_aside_with_what_the_new_one_needs(tmp_path, monkeypatch, what):
+    folder = run(config(tmp_path, "--train.max_steps", 1))
+    flags = ["--train.resume", "never"]
+    if what == "rows":
+        flags += ["--data.name_or_path", str(shutil.copy(tmp_path / "rows.jsonl", folder))]
+    elif what == "model":
+        flags += ["--model.name_or_path", str(folder / "final")]
+    else:
+        monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match=r"would be put aside, and .* with it"):
+        run(config(tmp_path, *flags))
+    assert folder.exists()
+
+
+def test_a_link_to_the_run_folder_stays_a_link(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "run").symlink_to(disk / "run")
+    run(config(tmp_path, "--train.max_steps", 1))
+    run(config(tmp_path, "--train.max_steps", 1, "--train.resume", "never"))
+    assert (tmp_path / "run").is_symlink()
+    assert (disk / "run" / "final").is_dir()
+    assert (disk / "run.old-1" / "final").is_dir()
+
+
+HOLDS_THE_LOCK = """
+import sys
+from pathlib import Path
+from dpo.run_folder import lock
+lock(Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_two_runs_do_not_write_into_one_folder(tmp_path, resume):
+    """And the lock goes with the process, however that ends."""
+    folder = run(config(tmp_path, "--train.max_steps", 1))
+    before = (folder / "metrics.jsonl").read_text()
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS_THE_LOCK, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=rf"process {other.pid} on .* writes into .* now"):
+            run(config(tmp_path, "--train.resume", resume, "--train.max_steps", 2))
+    finally:
+        other.kill()
+        other.wait()
+    assert (folder / "metrics.jsonl").read_text() == before
+    run(config(tmp_path, "--train.resume", "never", "--train.max_steps", 1))

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from dpo.config import Config, OptimConfig
+from dpo.errors import UserError
+from dpo.train import launch
 from dpo.train import trainer as trainers
 from dpo.train.header import _on_a_gpu, header
-from dpo.train.launch import prepare_torch
+from dpo.train.launch import launcher_notes, prepare_torch
 from dpo.train.optim import build_optimizer
 from tests.train.runs import config, first_step, run, started, training
 
@@ -191,3 +193,44 @@ def test_a_short_run_is_told_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dpo.plan.gpus.product_tflops", lambda width, dtype: 1.0)
     started(config(tmp_path))
     assert "time:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_what_accelerate_is_asked_for_and_does_not_get_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=rf"accelerate: .* is asked for \(ACCELERATE_USE_{name} is"):
+        started(config(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_precision_and_compiler_of_accelerate_are_said_to_be_unused(monkeypatch):
+    assert launcher_notes() == []
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert launcher_notes() == [
+        "accelerate's mixed_precision bf16 is not used: model.dtype decides"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "saved", "asked"),
+    [
+        (["python", "train.py", "--num_processes", "4"], None, 1),
+        (["python", "/bin/accelerate", "launch", "train.py"], None, 1),
+        (["python", "/bin/accelerate", "launch", "--num_processes", "2", "train.py"], None, 2),
+        (["python", "/bin/accelerate", "launch", "--num_processes=2", "train.py"], None, 2),
+        (["python", "/bin/accelerate", "launch", "train.py"], 3, 3),
+        (["python", "/bin/accelerate", "launch", "--num_processes", "1", "train.py"], 3, 1),
+    ],
+)
+def test_processes_that_accelerate_does_not_start_are_noticed(
+    tmp_path, monkeypatch, words, saved, asked
+):
+    monkeypatch.setattr(launch, "HF_HOME", str(tmp_path))
+    if saved:
+        (tmp_path / "accelerate").mkdir()
+        (tmp_path / "accelerate" / "default_config.yaml").write_text(f"num_processes: {saved}\n")
+    monkeypatch.setattr(launch.psutil.Process, "cmdline", lambda self: words)
+    assert launch._processes_asked_for() == asked
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launch._processes_asked_for() == 1  # they were started
