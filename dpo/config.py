@@ -111,7 +111,7 @@ class DataConfig:
     """Split to train on."""
     format: str = "auto"
     """Shape of the rows, a name of dpo.data.formats.FORMATS; auto recognises it."""
-    ignored_columns: list[str] = field(default_factory=list)
+    ignored_columns: list[str] = field(default_factory=list[str])
     """Columns that are no part of a row although their names may be those of one."""
     max_dropped: float = 0.1
     """Largest share of the rows that may be dropped for one reason; overlong ones do not count."""
@@ -131,8 +131,8 @@ class DataConfig:
     """What a long prompt loses: frame, the beginning of its first user message; left, its own."""
     chat_template: str = "auto"
     """auto: the tokenizer's, or ChatML if it has none; chatml; none: refuse messages; or a file."""
-    template_arguments: dict[str, Any] = field(default_factory=dict)
-    """What the template is given, e.g. {enable_thinking: false}; a row's chat_template_kwargs win."""
+    template_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
+    """For the template, e.g. {enable_thinking: false}; a row's chat_template_kwargs win."""
 
     @property
     def eval_source(self) -> DataSource | None:

@@ -18,6 +18,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -90,13 +91,11 @@ def _by_tools(named: dict[str, str]) -> str:
             "as a file in data.chat_template."
         )
     plain, with_tools = named["default"], named.get("tool_use", named["default"])
+    if plain == with_tools:
+        return plain
     # Jinja drops one line break at a template's end.
-    parts = (text.removesuffix("\n") for text in (with_tools, plain))
-    return (
-        plain
-        if plain == with_tools
-        else "{%% if tools %%}%s{%% else %%}%s{%% endif %%}" % (*parts,)
-    )
+    plain, with_tools = (text.removesuffix("\n") for text in (plain, with_tools))
+    return f"{{% if tools %}}{with_tools}{{% else %}}{plain}{{% endif %}}"
 
 
 def require_chatml(tokenizer: PreTrainedTokenizerBase, problem: str) -> None:
@@ -224,8 +223,8 @@ class ChatTokenizer:
     ) -> Any:
         """Messages through the template: text, or token ids if `how` says so.
 
-        Without an answer it is a prompt, which ends by asking for the assistant's turn, or, where it
-        ends with the assistant's words, with these: the answer continues them.
+        Without an answer it is a prompt, which ends by asking for the assistant's turn; or, if the
+        assistant speaks last in it, with these words, which the answer continues.
         """
         if self._template is None:
             raise UserError(
@@ -263,9 +262,7 @@ class ChatTokenizer:
         """Gives calls' arguments that are JSON text as objects, if the template would escape it."""
         if not any(_texts_of_calls(preference)) or self._writes_text_of_calls:
             return preference
-        sides = (preference.prompt, preference.chosen, preference.rejected)
-        prompt, chosen, rejected = ([_with_objects(turn) for turn in side] for side in sides)
-        return replace(preference, prompt=prompt, chosen=chosen, rejected=rejected)
+        return _changed(preference, _with_objects, *_ALL_SIDES)
 
     @cached_property
     def _writes_text_of_calls(self) -> bool:
@@ -507,10 +504,8 @@ def _with_objects(turn: Message) -> Message:
     calls = []
     for call in turn.get("tool_calls", ()):
         function = call.get("function") or call
-        try:
+        with suppress(KeyError, TypeError, ValueError):
             function = function | {"arguments": json.loads(function["arguments"])}
-        except (KeyError, TypeError, ValueError):
-            pass
         calls.append(call | {"function": function} if "function" in call else function)
     return turn | {"tool_calls": calls} if calls else turn
 
