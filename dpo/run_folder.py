@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
@@ -75,33 +75,37 @@ def lock(folder: Path) -> None:
         UserError: another run writes into it.
     """
     path, held = folder.resolve() / LOCK, _LOCKED.get(folder.resolve())
-    if held and path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat()):
+    if held and path.exists() and os.path.samestat(os.fstat(held), path.stat()):
         return  # opened and closed again, the file would be unlocked
-    file = path.open("a+")
+    file = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
+        who = os.read(file, 1000).decode() or "just begun"
+        os.close(file)
         raise UserError(
-            f"train.output_dir: another run ({file.read() or 'just begun'}) writes into {folder} "
-            "now. Wait until it has ended, or name another folder."
+            f"train.output_dir: another run ({who}) writes into {folder} now. Wait until it has "
+            "ended, or name another folder."
         ) from None
     except OSError:  # a file system without locks
+        os.close(file)
         return
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
+    os.truncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
+    unlock(folder, remove=False)
     _LOCKED[folder.resolve()] = file
 
 
-def unlock(folder: Path) -> None:
+def unlock(folder: Path, *, remove: bool = True) -> None:
     """Lets other processes write into the folder again."""
-    if file := _LOCKED.pop(folder.resolve(), None):
-        Path(file.name).unlink(missing_ok=True)
-        file.close()
+    file = _LOCKED.pop(folder.resolve(), None)
+    if file is not None:
+        if remove:
+            (folder / LOCK).unlink(missing_ok=True)
+        os.close(file)
 
 
-_LOCKED: dict[Path, TextIO] = {}
+_LOCKED: dict[Path, int] = {}
 
 
 def append_lines(file: Path, lines: Iterable[Line]) -> None:

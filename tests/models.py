@@ -1,10 +1,13 @@
 """Tiny random decoders of the families that the shared layout must serve."""
 
+from unittest import mock
+
 import peft
 import torch
 import transformers
 
 from dpo.config import PACKAGE
+from dpo.model import kernels
 
 QUICKSTART_MODEL = str(PACKAGE / "quickstart" / "model")
 SIZES = {
@@ -57,3 +60,15 @@ def with_lora(model, *, dropout: float = 0.0, zero: bool = False, r: int = 4):
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def pefts_dropout_is_ours():
+    """Within it, PEFT's layers draw on a CPU the masks that lean ones draw; on a GPU they do so."""
+    plain = torch.nn.functional.dropout
+
+    def drawn_alike(h, p=0.5, training=True, inplace=False):
+        if h.is_cuda or not training:
+            return plain(h, p, training, inplace)
+        return kernels.dropout(h, p)[0]
+
+    return mock.patch.object(torch.nn.functional, "dropout", drawn_alike)

@@ -22,7 +22,7 @@ from tests.after.made_runs import made_run
 from tests.after.test_merge import merged
 from tests.model.test_load import config as load_config
 from tests.model.test_scorer import PAIRS
-from tests.models import tiny, with_lora
+from tests.models import pefts_dropout_is_ours, tiny, with_lora
 from tests.train.runs import config, metrics, run, step_gradients, training
 
 
@@ -38,8 +38,9 @@ def scored(model, pairs=PAIRS, seed=5):
     model.zero_grad()
     scorer = Scorer(model)
     torch.manual_seed(seed)
-    logps = scorer(build_stream(pairs).to(scorer.device))
-    (logps * torch.linspace(-1, 1, len(logps), device=logps.device)).sum().backward()
+    with pefts_dropout_is_ours():
+        logps = scorer(build_stream(pairs).to(scorer.device))
+        (logps * torch.linspace(-1, 1, len(logps), device=logps.device)).sum().backward()
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return logps.detach(), torch.cat(grads)
 

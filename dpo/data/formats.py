@@ -103,9 +103,7 @@ class Format:
     @cached_property
     def reads(self) -> set[str]:
         """The columns that the conversion looks at."""
-        wishes = [
-            part.split(": ") for shape in self.shapes.split(" | ") for part in shape.split(", ")
-        ]
+        wishes = [part.split(": ") for part in re.split(r", | \| ", self.shapes)]
         return {name for name, kind in wishes if kind != "nothing"} | {*self.also}
 
     def matches(self, columns: Mapping[str, set[str]]) -> bool:
@@ -165,8 +163,8 @@ def to_preference(row: RawRow, format: str, *, where: str = "this row") -> Prefe
     for name in _unread(row, format):
         if name.lower() in _parts():
             raise UserError(
-                f"{where}: {name!r} may be a part of the row, and the format {format} does not read "
-                "it: it would be lost. Join it to a column that is read "
+                f"{where}: {name!r} may be a part of the row, and the format {format} does not "
+                "read it: it would be lost. Join it to a column that is read "
                 f"({', '.join(sorted(FORMATS[format].reads))}), or, if it is none, name it in "
                 "data.ignored_columns."
             )

@@ -81,8 +81,8 @@ def load_policy(config: Config, device: torch.device | str, *, dequantized: bool
     """
     if adapter_of(config.model) and config.model.adapter == "none":
         raise UserError(
-            f"model.adapter: got none, but {config.model.path} is an adapter. Set model.adapter to lora, or "
-            "merge it first and name the merged model."
+            f"model.adapter: got none, but {config.model.path} is an adapter. Set model.adapter to "
+            "lora, or merge it first and name the merged model."
         )
     base = load_base(base_of(config.model), device)
     return build_policy(dequantize(base) if dequantized else base, config)

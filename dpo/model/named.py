@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from dpo.config import ModelConfig
 from dpo.errors import UserError
@@ -136,8 +136,8 @@ def base_of(model: ModelConfig) -> ModelConfig:
     base = replace(model, name_or_path=name or "", revision=revision)
     if not name or adapter_of(base):
         raise UserError(
-            f"model.name_or_path: got {model.path!r}, an adapter on {name!r}, wanted one on a whole "
-            "model. Merge the adapter below it first, and name the result in adapter_config.json."
+            f"model.name_or_path: got {model.path!r}, an adapter on {name!r}, wanted one on a "
+            "whole model. Merge the lower one first, and name the result in adapter_config.json."
         )
     return base
 
@@ -149,8 +149,9 @@ def adapter_of(model: ModelConfig) -> Adapter | None:
     """
     local = Path(model.path).is_dir()
     folder = Path(model.path) if local else _hub_adapter(model.path, model.revision)
-    file = folder / "adapter_config.json" if folder else None
-    return Adapter(folder, json.loads(file.read_text())) if file and file.is_file() else None
+    if folder is None or not (folder / "adapter_config.json").is_file():
+        return None
+    return Adapter(folder, json.loads((folder / "adapter_config.json").read_text()))
 
 
 @cache  # one question to the hub, however often the name is looked up
@@ -174,13 +175,14 @@ def from_hub_or_disk(loader: Any, model: ModelConfig, **options: Any) -> Any:
         UserError: they are not found, or cannot be read.
     """
     remote = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    remedy = (
-        "Check that its files are whole (a file of a few lines may be a git LFS pointer: fetch it "
-        "with git lfs pull)."
-        if Path(model.path).is_dir()
-        else "It is no folder here. Check the name, model.revision, the network, and your access."
+    what, remedy = (
+        "which is no model folder and could not be loaded from the hub",
+        "Check the name, model.revision, the network, and your access to it.",
     )
-    with explained(f"model.name_or_path: {model.path!r} cannot be loaded", remedy):
+    if (Path(model.path) / "config.json").exists():
+        what = "whose files cannot be read"
+        remedy = "Check that they are whole; one of a few lines may be a git LFS pointer."
+    with explained(f"model.name_or_path: got {model.path!r}, {what}", remedy):
         return loader.from_pretrained(model.path, **remote, **options)
 
 

@@ -40,8 +40,8 @@ def build_accelerator(config: Config, trackers: list[str]) -> Accelerator:
     is_cpu = choose_device(config.train.device).type == "cpu"
     if is_cpu and (asked := _processes_asked_for()) > 1:
         raise UserError(
-            f"accelerate: {asked} processes are asked for, but without --multi_gpu it starts one on "
-            "CPUs. Launch with `accelerate launch --multi_gpu --num_processes N`, `dpo train "
+            f"accelerate: {asked} processes are asked for, but without --multi_gpu it starts one "
+            "on CPUs. Launch with `accelerate launch --multi_gpu --num_processes N`, `dpo train "
             "--num_processes N` or torchrun, or ask for 1."
         )
     accelerator = Accelerator(
@@ -65,11 +65,10 @@ def _processes_asked_for() -> int:
     words = psutil.Process(os.getppid()).cmdline()
     if "WORLD_SIZE" in os.environ or not any(Path(w).name == "accelerate" for w in words[:2]):
         return 1
-    pairs = [
-        word.partition("=")[::2] if "=" in word else (word, after)
-        for word, after in zip(words, [*words[1:], ""])
-    ]
-    flags = dict(reversed(pairs))  # the first of equal ones: the script's own come later
+    flags: dict[str, str] = {}
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        name, is_joined, value = word.partition("=")
+        flags.setdefault(name, value if is_joined else after)  # the script's own come later
     file = Path(flags.get("--config_file") or Path(HF_HOME, "accelerate", "default_config.yaml"))
     saved = yaml.safe_load(file.read_text()) if file.is_file() else {}
     return int(flags.get("--num_processes") or saved.get("num_processes") or 1)

@@ -2,7 +2,6 @@
 
 import copy
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -17,23 +16,16 @@ from dpo.model.scorer import Scorer
 from tests.flops import counted_flops
 from tests.model.test_load import config as load_config
 from tests.model.test_scorer import PAIRS, gradients
-from tests.models import FAMILIES, tiny, with_lora
+from tests.models import FAMILIES, pefts_dropout_is_ours, tiny, with_lora
 
 
 def score_both(own, lean, *, layout="auto", seed=5):
-    """Log-probs and gradients of a model as it was and with lean layers, with the same masks.
-
-    PEFT's dropout draws as ours does.
-    """
-
-    def drawn_alike(h, p, training=True, inplace=False):
-        return kernels.dropout(h, p)[0] if training else h
-
+    """Log-probs and gradients of a model as it was and with lean layers, with the same masks."""
     results = []
     for model in (own, lean):
         scorer = Scorer(model, layout)
         torch.manual_seed(seed)  # of dropout
-        with mock.patch.object(nn.functional, "dropout", drawn_alike):
+        with pefts_dropout_is_ours():
             logps = scorer(build_stream(PAIRS))
             results.append((logps.detach(), gradients(model, logps)))
     return results
