@@ -1,5 +1,6 @@
 """The first rows as messages and as tokens, marked by what is scored: look before you train."""
 
+import json
 from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,12 @@ def preview(
 def _messages(said: list[Message] | str) -> list[str]:
     if isinstance(said, str):
         return [said]
-    return [f"[{message['role']}] {message['content']}" for message in said]
+    lines = []
+    for message in said:
+        lines.append(f"[{message['role']}] {message['content']}")
+        others = {key: value for key, value in message.items() if key not in ("role", "content")}
+        lines += [f"  {key}: {json.dumps(value)}" for key, value in others.items()]
+    return lines
 
 
 def _tokens(

@@ -274,9 +274,13 @@ def _refuse_drops(name: str, num_rows: int, audit: Audit, most: float) -> None:
                 "that only appends, as a file in data.chat_template."
             )
         if reason != OVERLONG and dropped.count > most * num_rows:
+            is_the_templates = reason.startswith("the template")
+            remedy = (
+                "Give one that does in data.chat_template" if is_the_templates else "Correct them"
+            )
             raise UserError(
                 f"{name}: {seen} would be dropped: {reason}. That is more than {most:.0%} of all "
-                f"{num_rows}. Correct them, or raise data.max_dropped."
+                f"{num_rows}. {remedy}, or raise data.max_dropped."
             )
 
 

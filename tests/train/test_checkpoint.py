@@ -305,18 +305,17 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path, resume):
     """And the lock goes with the process, however that ends."""
     folder = run(config(tmp_path, "--train.max_steps", 1))
     before = (folder / "metrics.jsonl").read_text()
-    other = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", HOLDS_THE_LOCK, str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    )
-    try:
-        assert other.stdout.readline() == "locked\n"
-        with pytest.raises(UserError, match=rf"process {other.pid} on .* writes into .* now"):
-            run(config(tmp_path, "--train.resume", resume, "--train.max_steps", 2))
-    finally:
-        other.kill()
-        other.wait()
+    ) as other:
+        try:
+            assert other.stdout.readline() == "locked\n"
+            with pytest.raises(UserError, match=rf"process {other.pid} on .* writes into .* now"):
+                run(config(tmp_path, "--train.resume", resume, "--train.max_steps", 2))
+        finally:
+            other.kill()
     assert (folder / "metrics.jsonl").read_text() == before
     run(config(tmp_path, "--train.resume", "never", "--train.max_steps", 1))
