@@ -193,6 +193,7 @@ def dequantize(base: PreTrainedModel) -> PreTrainedModel:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it warns about precision lost at quantisation
     base.dequantize()
+    base.__dict__.pop("_weight_conversions", None)  # from 4 bits in the files: not the way back
     transformers_logging.set_verbosity(verbosity)
     return base
 

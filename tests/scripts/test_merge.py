@@ -8,10 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from dpo.after.merge import merge_run
+from dpo.errors import UserError
+from dpo.model.load import load_policy
 from tests.after.hub import TOKEN, running_hub
 from tests.after.made_runs import made_run
 from tests.commands import called
+from tests.models import QUICKSTART_MODEL
 from tests.train.runs import config, rows_file, run
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "merge.py"
@@ -164,3 +170,45 @@ def test_more_pairs_than_the_run_folder_keeps_come_from_the_data(tmp_path):
     code, out, err = called("merge.py", made, "--pairs", 66)
     assert code == 0, err
     assert "66 training (this run held nothing out) pairs" in out
+
+
+def test_a_run_on_a_checkpoint_stored_in_4_bits_is_merged(tmp_path):
+    """Into the weights that it was trained on; there are none in 16 bits."""
+    flags = ["--model.quantization", "nf4", "--train.max_steps", 2, "--optim.learning_rate", 1e-3]
+    stored = tmp_path / "stored"
+    policy = load_policy(config(tmp_path, "--model.quantization", "nf4"), "cpu").model
+    policy.unload().save_pretrained(stored)
+    AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(stored)
+    folder = run(config(tmp_path, "--model.name_or_path", stored, *flags))
+    said = []
+    merge_run(folder, tmp_path / "merged", num_pairs=4, say=said.append)
+    assert said[-1].endswith("(dequantized base, float32), verified.")
+    assert "quantization_config" not in json.loads(
+        (tmp_path / "merged" / "config.json").read_text()
+    )
+    with pytest.raises(
+        UserError, match="got 16bit, but the checkpoint of this run is stored in nf4"
+    ):
+        merge_run(folder, tmp_path / "other", base="16bit", num_pairs=4)
+
+
+def test_what_a_run_was_made_from_must_be_the_same_when_it_is_merged(tmp_path):
+    """The base trained on in its folder, or its template changed; negative control: as it was."""
+    model = shutil.copytree(QUICKSTART_MODEL, tmp_path / "model")
+    folder = run(config(tmp_path, "--model.name_or_path", model, "--train.max_steps", 1))
+    weights, template = model / "model.safetensors", model / "chat_template.jinja"
+    for file, what in ((weights, "the model .*model has"), (template, "the tokenizer or template")):
+        before = file.read_bytes()
+        if file == weights:
+            changed = load_file(file)
+            changed["model.norm.weight"] *= 1.01
+            save_file(changed, file, metadata={"format": "pt"})
+        else:
+            file.write_bytes(before + b" ")
+        with pytest.raises(UserError, match=rf"{what}.* changed since this run"):
+            merge_run(folder, tmp_path / "merged", num_pairs=4)
+        file.write_bytes(before)
+    merge_run(folder, tmp_path / "merged", num_pairs=4)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "merged" / name).read_bytes() == (model / name).read_bytes()
+        assert (folder / "final" / name).read_bytes() == (model / name).read_bytes()
