@@ -1,5 +1,7 @@
 """The documents tell the truth: links, anchors, tables, and the keys that they name."""
 
+import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -87,3 +89,13 @@ def test_every_reason_to_drop_a_row_is_in_the_table():
     page = (ROOT / "docs" / "data.md").read_text()
     for reason in reasons - {"answer does not end with the assistant"}:
         assert reason.removesuffix(" with the assistant") in page, reason
+
+
+def test_the_page_of_refusals_is_what_the_code_says():
+    """`python docs/what_is_refused.py > docs/what_is_refused.md` writes it anew."""
+    spec = importlib.util.spec_from_file_location("refused", ROOT / "docs" / "what_is_refused.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "what_is_refused.md").read_text() == module.page()
+    said = module.refusals(ast.parse('def f(x):\n    raise UserError(f"no {x}: " "take y")'))
+    assert list(said) == ["no {x}: take y"]

@@ -22,6 +22,16 @@ def cache_folder(name: str) -> Path:
     return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets", name)
 
 
+def use_a_writable_cache(beside: Path) -> list[str]:
+    """Keeps caches beside a run's folder if their own cannot be written to; says so in words."""
+    wanted = cache_folder("dpo_pairs").parent
+    existing = next(path for path in (wanted, *wanted.absolute().parents) if path.exists())
+    if os.access(existing, os.W_OK):
+        return []
+    os.environ["HF_DATASETS_CACHE"] = str(beside.absolute().with_name(f"{beside.name}.cache"))
+    return [f"{wanted} cannot be written to: caches are in {os.environ['HF_DATASETS_CACHE']}"]
+
+
 def digest(*parts: object) -> str:
     """sha256 of the repr of the parts, which must show values and no addresses of objects."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()

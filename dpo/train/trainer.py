@@ -22,6 +22,7 @@ from dpo.catalogue import is_better
 from dpo.cli import save
 from dpo.config import Config
 from dpo.data.chat import choose_template
+from dpo.data.files import use_a_writable_cache
 from dpo.data.loader import load_data
 from dpo.data.order import Order, is_due
 from dpo.data.tokens import template_digest
@@ -91,6 +92,7 @@ class Run:
         resume_from = on_main(accelerator, lambda: checkpoints.find_checkpoint(config))
         self.folder = Path(config.train.output_dir)
 
+        about_start = use_a_writable_cache(self.folder) + launcher_notes()
         self.tokenizer = load_tokenizer(config.model)
         self.data = data = main_first(accelerator, lambda: load_data(config, self.tokenizer))
         largest = max(pairs.largest_id for pairs in (data.train, data.held_out))
@@ -105,7 +107,7 @@ class Run:
         time = self._tell_time()
         probe = probe_pairs(data.train, order)
         policy = load_policy_to_fit(config, accelerator, probe)
-        policy.notes += about_dtype + launcher_notes()
+        policy.notes += about_dtype + about_start
         all_pairs = chain(data.train.select(order.seen()), data.held_out)
         # Sampled answers are pairs that nobody knows yet.
         asked_for = None if config.train.eval_prompts else all_pairs

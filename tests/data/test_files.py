@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from dpo.data import files
-from dpo.data.files import digest, file_digests, read_digests
+from dpo.data.files import (
+    cache_folder,
+    digest,
+    file_digests,
+    read_digests,
+    use_a_writable_cache,
+)
 
 SHA256 = hashlib.sha256(b"another content").hexdigest()
 SHA1 = hashlib.sha1(b"another content").hexdigest()
@@ -115,3 +121,16 @@ def test_the_cache_folder_is_where_datasets_keeps_its_own(given):
     names = ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME")
     rest = {name: value for name, value in os.environ.items() if name not in names}
     subprocess.run([sys.executable, "-c", program], env=rest | given, check=True)
+
+
+def test_a_cache_that_cannot_be_written_to_is_replaced_by_one_beside_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "shared" / "datasets"))
+    (tmp_path / "shared").mkdir()
+    assert use_a_writable_cache(tmp_path / "run") == []
+    assert cache_folder("x") == tmp_path / "shared" / "datasets" / "x"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "shared")
+    (said,) = use_a_writable_cache(tmp_path / "run")
+    assert said == (
+        f"{tmp_path}/shared/datasets cannot be written to: caches are in {tmp_path}/run.cache"
+    )
+    assert cache_folder("x") == tmp_path / "run.cache" / "x"
