@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -131,6 +132,8 @@ class DataConfig:
     """What a long prompt loses: frame, the beginning of its first user message; left, its own."""
     chat_template: str = "auto"
     """auto: the tokenizer's, or ChatML if it has none; chatml; none: refuse messages; or a file."""
+    template_date: str | None = None
+    """Day of a template that asks for today's, as 2026-01-31; null: that of the run's start."""
     template_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     """For the template, e.g. {enable_thinking: false}; a row's chat_template_kwargs win."""
 
@@ -340,6 +343,10 @@ class Config:
             refuse("data.eval_split", data.eval_split, "train, since there is no data.eval_path")
         if data.eval_path and data.eval_fraction:
             refuse("data.eval_fraction", data.eval_fraction, "0, since data.eval_path is set")
+        try:
+            date.fromisoformat(data.template_date or "2026-01-31")
+        except ValueError:
+            refuse("data.template_date", data.template_date, "null, or a day such as 2026-01-31")
         if data.max_prompt_length >= data.max_length:
             refuse(
                 "data.max_prompt_length",

@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -272,7 +272,9 @@ def _save(trained: Trained, model: PreTrainedModel, folder: Path, max_shard_size
         trained.tokenizer,
         folder,
         source=trained.config.model,
-        template=trained.template,
+        template=choose_template(
+            trained.tokenizer, replace(trained.config.data, template_date=None)
+        ),
         stops=stop_ids(model, trained.tokenizer, trained.template),
         max_shard_size=max_shard_size,
     )

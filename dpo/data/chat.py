@@ -20,6 +20,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from datetime import date
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ TEMPLATE_DIFFERS = "prompt renders differently before an answer"
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str | None:
-    """The Jinja template that `data` means, with its `template_arguments` as defaults.
+    """The Jinja template that `data` means, with its `template_arguments` as defaults, on its day.
 
     None refuses messages: for `none`, and for `auto` if the tokenizer has neither a template nor
     ChatML's control tokens (plain text needs neither).
@@ -60,7 +61,18 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str
     defaults = data.template_arguments.items()
     # A literal of Python is one of Jinja.
     bound = (f"{{% set {k} = {k} if {k} is defined else {v!r} %}}" for k, v in defaults)
-    return None if template is None else "".join(bound) + template
+    return None if template is None else "".join(bound) + _on_day(data.template_date, template)
+
+
+def _on_day(day: str | None, template: str) -> str:
+    """The template with the day written out where it asks for today's; None: as it is."""
+    if day is None:
+        return template
+    written = date.fromisoformat(day)
+    return _TODAY.sub(lambda call: repr(written.strftime(call[2])), template)
+
+
+_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
 def _named_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str | None:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from transformers import PreTrainedTokenizerBase
 
 from dpo import run_folder
 from dpo.cli import load
 from dpo.config import Config
+from dpo.data.chat import choose_template
 from dpo.data.order import Order, micro_batches
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
@@ -221,6 +224,23 @@ def settle_dtype(
     config.model.dtype, reason = on_main(accelerator, choose)
     config.check()
     return [reason] if reason else []
+
+
+def settle_day(
+    config: Config,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    resume_from: Path | None = None,
+) -> None:
+    """Sets `data.template_date` to today if the template asks for it; every rank must call.
+
+    A resumed run keeps its day, and so its prompts.
+    """
+    if config.data.template_date is None and resume_from:
+        config.data.template_date = load(resume_from / run_folder.CONFIG).data.template_date
+    asks = "strftime_now" in (choose_template(tokenizer, config.data) or "")
+    if asks:  # a day that was given is written out: the template asks no more
+        config.data.template_date = on_main(accelerator, lambda: date.today().isoformat())
 
 
 def load_policy_to_fit(

@@ -9,7 +9,7 @@ Left out on purpose: callbacks, and Accelerate's accumulation, schedulers, sampl
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -39,7 +39,7 @@ from dpo.plan.plan import time_on_this_cpu
 from dpo.ranks import main_first, on_main, smallest_over_ranks, sum_over_ranks
 from dpo.report.page import write_report
 from dpo.train import checkpoint as checkpoints
-from dpo.train.budget import load_policy_to_fit, probe_pairs, settle_dtype, token_budget
+from dpo.train.budget import load_policy_to_fit, probe_pairs, settle_day, settle_dtype, token_budget
 from dpo.train.header import header
 from dpo.train.launch import build_accelerator, launcher_notes
 from dpo.train.optim import build_optimizer
@@ -94,6 +94,7 @@ class Run:
 
         about_start = use_a_writable_cache(self.folder) + launcher_notes()
         self.tokenizer = load_tokenizer(config.model)
+        settle_day(config, accelerator, self.tokenizer, resume_from)
         self.data = data = main_first(accelerator, lambda: load_data(config, self.tokenizer))
         largest = max(pairs.largest_id for pairs in (data.train, data.held_out))
         check_vocabulary(config.model, self.tokenizer, largest)
@@ -322,7 +323,8 @@ class Run:
         return 0
 
     def _save_tokenizer(self, folder: Path) -> None:
-        template = choose_template(self.tokenizer, self.config.data)
+        ours = replace(self.config.data, template_date=None)  # users ask for their own day
+        template = choose_template(self.tokenizer, ours)
         save_tokenizer(self.config.model, self.tokenizer, template, folder)
 
     def _note_early_stop(self, step: int) -> str:

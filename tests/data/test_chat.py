@@ -600,3 +600,13 @@ def test_a_continued_answer_may_have_several_turns():
         FAMILIES["chatml"], messages(prompt, [assistant(" red."), tool("ok"), assistant("End.")])
     )
     assert run.scored == [" red.<|im_end|>", "End.<|im_end|>"]
+
+
+DATED = "{% if strftime_now is defined %}Today: {{ strftime_now('%d %b %Y') }}.{% endif %}" + CALLS
+
+
+def test_a_template_that_asks_for_today_is_told_the_day_of_the_run():
+    family = Family(template=DATED, special=WITH_CALLS.special, eos="<|im_end|>")
+    run = Run(family, messages(), template_date="2026-01-31")
+    assert run.texts[0].startswith("Today: 31 Jan 2026.<|im_start|>user")
+    assert choose_template(build(family), DataConfig()) == DATED

@@ -1,5 +1,6 @@
 """A killed and resumed run is the straight run, and what is not the same run is not resumed."""
 
+import datetime
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import torch
 import transformers
 import yaml
 
+from dpo.data.chat import CHATML
 from dpo.data.stream import build_stream
 from dpo.errors import UserError
 from dpo.model.load import load_policy
@@ -319,3 +321,31 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path, resume):
             other.kill()
     assert (folder / "metrics.jsonl").read_text() == before
     run(config(tmp_path, "--train.resume", "never", "--train.max_steps", 1))
+
+
+def test_a_run_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
+    """A template that writes the date renders alike when the run goes on tomorrow."""
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%d %B %Y') }} " + CHATML)
+    flags = ["--data.chat_template", template, "--train.save_steps", 2, "--train.max_steps", 3]
+
+    def on(day):
+        class Day(datetime.date):
+            @classmethod
+            def today(cls):
+                return cls(2026, 1, day)
+
+        monkeypatch.setattr("dpo.train.budget.date", Day)
+
+    on(30)
+    straight = training(folder := run(config(tmp_path, *flags)))
+    (folder / "summary.json").unlink()  # as if it had been stopped after its checkpoint
+    on(31)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "another cache"))
+    again = run(config(tmp_path, *flags))
+    assert (folder / "header.txt").read_text().count("resumed") == 1
+    assert training(again) == straight
+    kept = yaml.safe_load((again / "config.yaml").read_text())["data"]
+    assert kept["template_date"] == "2026-01-30"
+    saved = (again / "final" / "chat_template.jinja").read_text()
+    assert saved == template.read_text()  # its users ask for their own day
