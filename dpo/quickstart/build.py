@@ -156,6 +156,11 @@ def build_model(out: Path) -> None:
             print(f"step {step + 1}: {held_out}, {time.time() - start:.0f} s", flush=True)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
+    file = out / "model" / "tokenizer_config.json"
+    settings = json.loads(file.read_text())  # in words that transformers 4 reads as well
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def untrained_model(tokenizer: PreTrainedTokenizerFast) -> MistralForCausalLM:

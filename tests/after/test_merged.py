@@ -1,15 +1,23 @@
 import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
 
+from dpo.after.merge import merge_run
 from dpo.after.merged import load_merge_base, merge_adapter, save_model
 from dpo.cli import parse
 from dpo.config import ModelConfig
 from dpo.errors import UserError
 from tests.models import QUICKSTART_MODEL, tiny
+from tests.train.runs import config, run
 
 IDS = torch.arange(1, 40)[None]
 
@@ -113,3 +121,68 @@ def test_a_saved_model_ends_its_answers_as_training_did(tmp_path, sampling):
     assert saved.chat_template == how["template"]
     assert saved("What is it?")["input_ids"] == tokenizer("What is it?")["input_ids"]
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
+
+
+READ_BY_TRANSFORMERS_4 = """
+import json, sys, torch, transformers
+assert transformers.__version__ == "4.57.1"
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+said = [AutoTokenizer.from_pretrained(folder).apply_chat_template(
+    [{"role": "user", "content": "What is it?"}], add_generation_prompt=True)
+    for folder in sys.argv[1:]]
+print(json.dumps([said, model(torch.tensor(said[:1])).logits[0, -1].tolist()]))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves_is_read_alike_by_transformers_4(tmp_path):
+    """A base as it is published: with the keys of then, and frequencies that are no default."""
+    base = Path(shutil.copytree(QUICKSTART_MODEL, tmp_path / "base"))
+    settings = json.loads((base / "config.json").read_text())
+    settings |= {"rope_theta": 123.0, "torch_dtype": settings.pop("dtype")}
+    del settings["rope_parameters"]
+    (base / "config.json").write_text(json.dumps(settings))
+    folder = run(config(tmp_path, "--model.name_or_path", base, "--optim.learning_rate", 1e-2))
+    merge_run(folder, tmp_path / "merged", num_pairs=4)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    old = ["transformers==4.57.1", "tokenizers==0.22.1", "huggingface_hub==0.36.0", "requests"]
+    old += ["urllib3", "idna", "certifi", "charset_normalizer"]
+    subprocess.run([*pip, tmp_path / "old", *old], check=True)
+    where = os.environ | {"PYTHONPATH": str(tmp_path / "old"), "PYTHONWARNINGS": "ignore"}
+
+    def read(*folders):
+        command = [sys.executable, "-c", READ_BY_TRANSFORMERS_4, *map(str, folders)]
+        done = subprocess.run(command, env=where, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout)
+
+    (ids, of_final), logits = read(tmp_path / "merged", folder / "final")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = merged(torch.tensor([ids])).logits[0, -1].tolist()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    asked = [{"role": "user", "content": "What is it?"}]
+    rendered = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert ids == of_final == rendered
+    assert logits == pytest.approx(expected, abs=1e-4)
+    merged.save_pretrained(tmp_path / "merged")  # the negative control: as transformers 5 writes it
+    assert read(tmp_path / "merged")[1] != pytest.approx(expected, abs=1e-2)
+
+
+def test_embeddings_that_an_adapter_parted_from_the_head_are_written_so(tmp_path):
+    model = tiny(tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)
+    expected = model(IDS).logits
+    tokenizer = transformers.AutoTokenizer.from_pretrained(QUICKSTART_MODEL)
+    how = {"template": None, "stops": [2], "max_shard_size": "1MB"}
+    save_model(model, tokenizer, tmp_path, source=ModelConfig(name_or_path=tied(tmp_path)), **how)
+    assert not json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(saved(IDS).logits, expected)
+
+
+def tied(tmp_path):
+    """A folder of the model before training."""
+    tiny(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    transformers.AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
