@@ -29,11 +29,12 @@ from dpo.after.judges import (
 )
 from dpo.after.options import EvaluateOptions
 from dpo.after.output import check_output
-from dpo.data.chat import choose_template, stop_ids
+from dpo.data.chat import stop_ids
 from dpo.data.files import file_sums
 from dpo.data.loader import Pairs, load_data
 from dpo.data.order import spread
 from dpo.data.stream import Stream, TokenizedPair
+from dpo.data.templates import choose_template
 from dpo.errors import UserError
 from dpo.evaluate.evaluator import held_out_columns, score_pairs
 from dpo.evaluate.samples import generate

@@ -22,8 +22,9 @@ from dpo.after.finished import FinishedRun
 from dpo.after.output import check_output
 from dpo.after.prompts import Prompt, system_messages
 from dpo.config import Config, ModelConfig
-from dpo.data.chat import choose_template, stop_ids
+from dpo.data.chat import stop_ids
 from dpo.data.formats import IM_START, Message
+from dpo.data.templates import choose_template
 from dpo.device import choose_device
 from dpo.errors import UserError
 from dpo.evaluate.samples import generate

@@ -25,7 +25,8 @@ import numpy as np
 from torch import nn
 
 from dpo.after.finished import FinishedRun
-from dpo.data.chat import choose_template, stop_ids
+from dpo.data.chat import stop_ids
+from dpo.data.templates import choose_template
 from dpo.errors import UserError
 from dpo.evaluate.statistics import standard_error
 

@@ -36,8 +36,9 @@ from dpo.after.merge_error import (
 from dpo.after.merged import cast, load_adapter, load_merge_base, merge_adapter, save_model
 from dpo.after.push import write_record
 from dpo.config import Config, ModelConfig
-from dpo.data.chat import choose_template, stop_ids
+from dpo.data.chat import stop_ids
 from dpo.data.stream import TokenizedPair
+from dpo.data.templates import choose_template
 from dpo.errors import UserError
 from dpo.model.load import load_base
 from dpo.model.named import stored_quantization

@@ -14,13 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.config import Config, DataConfig, DataSource
 from dpo.data.audit import Audit, RowName
-from dpo.data.chat import ChatTokenizer, choose_template
+from dpo.data.chat import ChatTokenizer
 from dpo.data.files import digest
 from dpo.data.formats import RECOGNISED_ROWS, Preference, recognise
 from dpo.data.limits import Limits
 from dpo.data.order import spread
 from dpo.data.sources import Source, open_source
 from dpo.data.stream import TokenizedPair
+from dpo.data.templates import choose_template
 from dpo.data.tokens import TokenFile, read_row, tokenized
 from dpo.errors import UserError
 

@@ -27,11 +27,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.config import DataConfig
 from dpo.data.audit import Audit
-from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer, choose_template, require_chatml
+from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer
 from dpo.data.files import cache_folder, digest, file_sums
 from dpo.data.formats import Preference, RawRow, RowError, to_preference, unread_columns
 from dpo.data.limits import OVERLONG, Limits
 from dpo.data.sources import Row, Source
+from dpo.data.templates import choose_template, require_chatml
 from dpo.data.workers import in_order
 from dpo.device import num_cores
 from dpo.errors import UserError

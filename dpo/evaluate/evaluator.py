@@ -19,10 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.catalogue import PAIR_METRICS
 from dpo.config import Config
-from dpo.data.chat import choose_template, stop_ids
+from dpo.data.chat import stop_ids
 from dpo.data.loader import Pairs
 from dpo.data.order import micro_batches, spread
 from dpo.data.stream import TokenizedPair, build_stream
+from dpo.data.templates import choose_template
 from dpo.evaluate.samples import generate
 from dpo.logps import pair_logps
 from dpo.losses import LOSSES, PairLogps

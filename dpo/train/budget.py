@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from dpo import run_folder
 from dpo.cli import load
 from dpo.config import Config
-from dpo.data.chat import choose_template
 from dpo.data.order import Order, micro_batches
 from dpo.data.stream import TokenizedPair, build_stream
+from dpo.data.templates import choose_template
 from dpo.errors import UserError
 from dpo.logps import pair_logps
 from dpo.model.load import Policy, load_policy

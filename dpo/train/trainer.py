@@ -21,10 +21,10 @@ from dpo import run_folder
 from dpo.catalogue import is_better
 from dpo.cli import save
 from dpo.config import Config
-from dpo.data.chat import choose_template
 from dpo.data.files import use_a_writable_cache
 from dpo.data.loader import load_data
 from dpo.data.order import Order, is_due
+from dpo.data.templates import choose_template
 from dpo.data.tokens import template_digest
 from dpo.evaluate.diagnostics import Watch
 from dpo.evaluate.evaluator import Evaluator

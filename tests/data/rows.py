@@ -2,10 +2,11 @@
 
 from dpo.config import Config, DataConfig
 from dpo.data.audit import Audit
-from dpo.data.chat import ChatTokenizer, choose_template
+from dpo.data.chat import ChatTokenizer
 from dpo.data.formats import Preference
 from dpo.data.limits import Limits
 from dpo.data.loader import load_data
+from dpo.data.templates import choose_template
 from tests.data.tokenizers import BASE, Family, build
 
 ROOM = Limits(1000, 2000, "truncate")

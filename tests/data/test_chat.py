@@ -9,15 +9,9 @@ from hypothesis import strategies as st
 
 from dpo.config import DataConfig
 from dpo.data.audit import Audit
-from dpo.data.chat import (
-    CHATML,
-    TEMPLATE_DIFFERS,
-    ChatTokenizer,
-    choose_template,
-    require_chatml,
-    stop_ids,
-)
+from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer, stop_ids
 from dpo.data.limits import Limits
+from dpo.data.templates import CHATML, choose_template, require_chatml
 from dpo.errors import UserError
 from tests.data.rows import ROOM, Run, assistant, chatml, messages, system, text, tool, user
 from tests.data.tokenizers import BASE, DEEPSEEK_R1, FAMILIES, GPT_2, Family, build

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from transformers import AddedToken
 
 from dpo.data.audit import Audit
-from dpo.data.chat import CHATML, ChatTokenizer
+from dpo.data.chat import ChatTokenizer
 from dpo.data.encoding import Encoder
+from dpo.data.templates import CHATML
 from tests.data.rows import ROOM, messages
 from tests.data.tokenizers import BASE, FAMILIES, Family, build
 

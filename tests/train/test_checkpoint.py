@@ -13,8 +13,8 @@ import torch
 import transformers
 import yaml
 
-from dpo.data.chat import CHATML
 from dpo.data.stream import build_stream
+from dpo.data.templates import CHATML
 from dpo.errors import UserError
 from dpo.model.load import load_policy
 from dpo.model.scorer import Scorer
