@@ -382,3 +382,15 @@ def test_a_token_without_an_embedding_is_named():
     new = tokenizer.convert_tokens_to_ids("<new>")
     with pytest.raises(UserError, match=rf"token {new} \('<new>'\), but .* for {rows} tokens"):
         named.check_vocabulary(model, tokenizer, max(new, rows))
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
+def test_experts_that_take_no_dropout_are_refused_by_that_key(tmp_path):
+    tiny("mixtral").save_pretrained(tmp_path)
+    settings = config(tmp_path)
+    with pytest.raises(
+        UserError, match=r"lora\.dropout: got 0\.05, which .* Set lora\.dropout to 0"
+    ):
+        load_policy(settings, "cpu")
+    settings.lora.dropout = 0.0
+    assert load_policy(settings, "cpu").is_adapted
