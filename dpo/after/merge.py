@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +38,7 @@ from dpo.after.push import write_record
 from dpo.config import Config, ModelConfig
 from dpo.data.chat import stop_ids
 from dpo.data.stream import TokenizedPair
-from dpo.data.templates import choose_template
+from dpo.data.templates import choose_template, template_to_save
 from dpo.errors import UserError
 from dpo.model.load import load_base
 from dpo.model.named import stored_quantization
@@ -273,9 +273,7 @@ def _save(trained: Trained, model: PreTrainedModel, folder: Path, max_shard_size
         trained.tokenizer,
         folder,
         source=trained.config.model,
-        template=choose_template(
-            trained.tokenizer, replace(trained.config.data, template_date=None)
-        ),
+        template=template_to_save(trained.tokenizer, trained.config.data),
         stops=stop_ids(model, trained.tokenizer, trained.template),
         max_shard_size=max_shard_size,
     )

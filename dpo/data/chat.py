@@ -204,8 +204,8 @@ class ChatTokenizer:
     def _require_written(self, preference: Preference, texts: Sequence[str]) -> None:
         """Drops a row of which the template leaves out what its answers are about.
 
-        Rows with another part of that kind, or with none, are written alike if it is left out. Once
-        a template has written a kind, rows of that kind are not compared any more.
+        It leaves a part out if the row's texts stay the same without it. Once a template has
+        written a part of some kind, rows are not compared for that kind any more.
         """
         for what, change in _MUST_BE_WRITTEN.items():
             if what not in self._written and not self._is_written(preference, texts, change, what):

@@ -1,6 +1,7 @@
 """Which chat template writes messages: the model's own, ChatML or a file, with its arguments."""
 
 import re
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str
     # A literal of Python is one of Jinja.
     bound = (f"{{% set {k} = {k} if {k} is defined else {v!r} %}}" for k, v in defaults)
     return None if template is None else "".join(bound) + _on_day(data.template_date, template)
+
+
+def template_to_save(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str | None:
+    """The template of a saved model: that of training, but its users ask for their own day."""
+    return choose_template(tokenizer, replace(data, template_date=None))
 
 
 def _on_day(day: str | None, template: str) -> str:

@@ -156,16 +156,15 @@ def load_base(model: ModelConfig, device: torch.device | str) -> PreTrainedModel
     """A whole model, quantised as configured, in train mode; every weight must be in the files."""
     options: dict[str, Any] = {"dtype": "auto" if model.dtype == "auto" else model.dtype}
     is_stored_so = check_stored_quantization(model) is not None
-    if is_stored_so:
-        pass
-    elif model.quantization in ("nf4", "fp4"):
+    wanted = "none" if is_stored_so else model.quantization  # what is still to be done
+    if wanted in ("nf4", "fp4"):
         own = load_shape(model).dtype if model.dtype == "auto" else getattr(torch, model.dtype)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type=model.quantization,
+            bnb_4bit_quant_type=wanted,
             bnb_4bit_compute_dtype=own or torch.float32,
         )
-    elif model.quantization == "int8":
+    elif wanted == "int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     transformers_logging.disable_progress_bar()
     base, info = from_hub_or_disk(

@@ -35,10 +35,14 @@ class Adapter(NamedTuple):
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or its base's if an adapter has none."""
+    return from_hub_or_disk(AutoTokenizer, _with_tokenizer(model))
+
+
+def _with_tokenizer(model: ModelConfig) -> ModelConfig:
     adapter = adapter_of(model)
     if adapter and (adapter.folder / "tokenizer_config.json").exists():
-        return from_hub_or_disk(AutoTokenizer, replace(model, name_or_path=str(adapter.folder)))
-    return from_hub_or_disk(AutoTokenizer, base_of(model))
+        return replace(model, name_or_path=str(adapter.folder))
+    return base_of(model)
 
 
 def save_tokenizer(
@@ -49,12 +53,8 @@ def save_tokenizer(
     What this version of transformers would write, older ones, and programs that build on them,
     cannot always read. A template replaces the model's own only where training had another.
     """
-    adapter = adapter_of(model)
-    sources = [adapter.folder] if adapter else []
-    source = next((f for f in sources if (f / "tokenizer_config.json").exists()), None)
-    source = source or local_folder(base_of(model))
     folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
+    for file in local_folder(_with_tokenizer(model)).iterdir():
         if file.name.startswith(_TOKENIZER_FILES) and file.is_file():
             shutil.copyfile(file, folder / file.name)
     if template is not None and template != tokenizer.chat_template:

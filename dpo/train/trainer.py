@@ -9,7 +9,7 @@ Left out on purpose: callbacks, and Accelerate's accumulation, schedulers, sampl
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,7 @@ from dpo.config import Config
 from dpo.data.files import use_a_writable_cache
 from dpo.data.loader import load_data
 from dpo.data.order import Order, is_due
-from dpo.data.templates import choose_template
+from dpo.data.templates import template_to_save
 from dpo.data.tokens import template_digest
 from dpo.evaluate.diagnostics import Watch
 from dpo.evaluate.evaluator import Evaluator
@@ -192,7 +192,7 @@ class Run:
         kept = ({"kind": kind, **asdict(pair)} for pair in some)
         run_folder.write_lines(self.folder / run_folder.PAIRS, kept)
         digests = {
-            "weights": weights_digest(self.config.model),
+            "weights": self._weights,
             "template": template_digest(self.tokenizer, self.config.data),
             "data": self.data.digest,
         }
@@ -295,9 +295,14 @@ class Run:
         return checkpoints.Identity(
             pairs_per_step=self.order.pairs_per_step,
             data=self.data.train.digest,
-            weights=on_main(self.accelerator, lambda: weights_digest(self.config.model)),
+            weights=on_main(self.accelerator, lambda: self._weights),
             reference_logps=self.models.reference.peek(stream).tolist(),
         )
+
+    @cached_property
+    def _weights(self) -> str:
+        """Digest of the model's files; every file is read, so the main process asks alone."""
+        return weights_digest(self.config.model)
 
     @property
     def _sum(self) -> Callable[[Tensor], Tensor]:
@@ -323,8 +328,7 @@ class Run:
         return 0
 
     def _save_tokenizer(self, folder: Path) -> None:
-        ours = replace(self.config.data, template_date=None)  # users ask for their own day
-        template = choose_template(self.tokenizer, ours)
+        template = template_to_save(self.tokenizer, self.config.data)
         save_tokenizer(self.config.model, self.tokenizer, template, folder)
 
     def _note_early_stop(self, step: int) -> str:
