@@ -9,9 +9,11 @@ classes.
 
 import argparse
 import difflib
+import errno
 import logging
 import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -24,8 +26,10 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
+from dpo import signals
 from dpo.config import PACKAGE, Config, DataSource, as_saved, map_paths, refusal, refuse
 from dpo.errors import UserError
+from dpo.signals import Stopped
 
 _LIST_KEYS = ("--lora.target_modules", "--train.report_to")
 QUICKSTART = PACKAGE / "quickstart" / "config.yaml"
@@ -37,6 +41,9 @@ _KNOWN_WARNINGS = (
     "CUDA initialization",  # dpo.device says it
     "`broadcast_buffers` is deprecated",  # its successor is not in the oldest supported accelerate
 )
+
+# No space, no more of a quota, a file as large as it may be, no permission to write at all.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 T = TypeVar("T")
 Parser = Any  # jsonargparse.ArgumentParser, whose methods are not typed
@@ -279,11 +286,12 @@ def save(config: Config, path: Path) -> None:
 def run_command(main: Callable[[], object], stopped: str = "stopped") -> None:
     """Runs a command: a user's mistake becomes one message and exit code 2, without a traceback.
 
-    `stopped`: the message after Ctrl-C.
+    `stopped`: the message after a signal.
     """
     for known in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=known)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    signals.listen()
     try:
         main()
     except UserError as error:
@@ -291,6 +299,17 @@ def run_command(main: Callable[[], object], stopped: str = "stopped") -> None:
             time.sleep(5)  # the launcher stops us when the first rank has left, and has said it
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        print(
+            f"error: {error.filename or 'a file'}: {error.strerror}. Free some space, or name "
+            "another disk.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        stop = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
+        if os.environ.get("RANK", "0") == "0":
+            print(stop.said or stopped, file=sys.stderr)
+        sys.exit(stop.exit_code)

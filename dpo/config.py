@@ -250,6 +250,8 @@ class TrainConfig:
     """Stop after so many evaluations in a row without a better metric_for_best_model."""
     resume: str = "auto"
     """auto: continue the run in the folder; never: put an old run aside; or a checkpoint."""
+    timeout_minutes: float = 30.0
+    """How long processes wait for one that hangs, before they name it and stop."""
     report_to: str | list[str] = "tensorboard"
     """Trackers that Accelerate knows (tensorboard, wandb, ...), or none."""
     write_report: bool = True
@@ -423,6 +425,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "train.eval_max_new_tokens": _POSITIVE,
     "train.save_steps": _NOT_NEGATIVE,
     "train.save_total_limit": _POSITIVE,
+    "train.timeout_minutes": _POSITIVE,
     "train.patience": ("null or a number above 0", lambda x: x is None or x > 0),
 }
 

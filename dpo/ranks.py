@@ -40,8 +40,15 @@ def main_first(accelerator: Accelerator, do: Callable[[], T]) -> T:
 
 def smallest_over_ranks(accelerator: Accelerator, number: int) -> int:
     """The smallest of the numbers that all ranks give."""
+    if accelerator.num_processes == 1:
+        return number
     numbers: Any = accelerator.gather(torch.tensor([number], device=accelerator.device))
     return int(numbers.min())
+
+
+def largest_over_ranks(accelerator: Accelerator, number: int) -> int:
+    """The largest of the numbers that all ranks give."""
+    return -smallest_over_ranks(accelerator, -number)
 
 
 def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,20 @@ _LOCKED: dict[Path, int] = {}
 
 
 def append_lines(file: Path, lines: Iterable[Line]) -> None:
-    """Appends every line as JSON."""
-    with file.open("a") as log:
-        log.writelines(json.dumps(line) + "\n" for line in lines)
+    """Appends every line as JSON, or none of them where the disk is full.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    with file.open("ab", buffering=0) as log:
+        size = log.tell()
+        try:
+            while text:
+                text = text[log.write(text) :]
+        except OSError:
+            log.truncate(size)
+            raise
 
 
 def write_lines(file: Path, lines: Iterable[Line]) -> None:
@@ -125,6 +137,20 @@ def read_lines(file: Path, *, ends: bool = False) -> list[Line]:
     lines = list(enumerate(read_text(file).split("\n")[:-1], start=1))
     lines = [*lines[:1], *lines[-1:]] if ends else lines
     return [_parse(line, f"{file}, line {number}", {}) for number, line in lines]
+
+
+def salvage_lines(file: Path) -> tuple[list[Line], int]:
+    """The lines of a log that can be read, and how many cannot: a crash cuts them, or leaves zeros.
+
+    A line has a step.
+    """
+    texts = file.read_text("utf-8", errors="replace").split("\n") if file.exists() else []
+    lines: list[Line] = []
+    for text in filter(None, texts):
+        with suppress(ValueError):
+            line = json.loads(text)
+            lines += [line] if isinstance(line, dict) and "step" in line else []
+    return lines, len([*filter(None, texts)]) - len(lines)
 
 
 def read_whole(file: Path, missing: Any, read: Callable[[str], Any] = json.loads) -> Any:

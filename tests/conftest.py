@@ -2,6 +2,7 @@ import importlib.resources
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a GPU's, before i
 
 import pytest
 import torch
+
+from dpo import signals
+from dpo.signals import SIGNALS
 
 torch.set_num_threads(1)  # also where torch was imported before
 
@@ -56,6 +60,16 @@ def as_if_cuda(monkeypatch):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_signals():
+    """A command that was run here leaves none of its handlers."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signals._State.asked, signals._State.launcher = 0, None
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -139,6 +139,7 @@ OUTSIDE = {
     "train.eval_max_new_tokens": [0],
     "train.save_steps": [-1],
     "train.save_total_limit": [0],
+    "train.timeout_minutes": [0, -1.0],
     "train.patience": [0, -1],
 }
 AT_THE_EDGE = {

@@ -30,7 +30,6 @@ from dpo.after.judges import (
 from dpo.after.options import EvaluateOptions
 from dpo.after.output import check_output
 from dpo.data.chat import stop_ids
-from dpo.data.files import file_sums
 from dpo.data.loader import Pairs, load_data
 from dpo.data.order import spread
 from dpo.data.stream import Stream, TokenizedPair
@@ -42,6 +41,7 @@ from dpo.evaluate.statistics import Columns, group_statistics
 from dpo.model.reference import TokenLogps, choose_mode
 from dpo.model.scorer import Scorer
 from dpo.report.evaluation_tables import evaluation_tables
+from dpo.sealed import file_sums
 
 
 def evaluate_run(folder: Path, options: EvaluateOptions) -> Iterator[str]:

@@ -4,6 +4,7 @@ Merging, generating and evaluating start from a run folder, which records everyt
 the rows, the template. So nothing has to be named again, and nothing can be named differently.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo import run_folder
 from dpo.cli import load
 from dpo.config import Config
+from dpo.data.files import use_a_writable_cache
 from dpo.data.loader import PreferenceData, load_data
 from dpo.data.order import spread
 from dpo.data.stream import TokenizedPair
@@ -26,6 +28,7 @@ from dpo.model.load import Policy, load_policy, load_weights
 from dpo.model.named import load_tokenizer
 from dpo.model.reference import Frozen, Reference, adapter_off, build_reference, choose_mode
 from dpo.model.scorer import Scorer
+from dpo.sealed import damage, is_sealed
 
 
 def read_run(folder: Path) -> Config:
@@ -64,6 +67,10 @@ class FinishedRun:
             raise UserError(
                 f"{self.weights} holds no weights: wanted one of {', '.join(there)} of {folder}."
             )
+        if is_sealed(self.weights) and (found := damage(self.weights)):
+            raise UserError(f"{found}: {self.weights} cannot be trusted. Restore it.")
+        for said in use_a_writable_cache(folder):
+            print(said, file=sys.stderr)
         self.device = choose_device()
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.config.model)
         model = self.config.model

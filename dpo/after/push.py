@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo.data.files import file_sums
 from dpo.errors import UserError
+from dpo.sealed import file_sums
 
 RECORD = "merge.json"  # in a merged folder: what was merged, and checksums of what was verified
 _KINDS = {"weights": str, "base": str, "dtype": str, "merged_from": dict, "files": dict}

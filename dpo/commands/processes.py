@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from dpo import signals
 from dpo.cli import Parser, config_parser, read_config
 from dpo.config import Config
 from dpo.errors import UserError
@@ -56,6 +57,7 @@ def launch(command: str, argv: Sequence[str], num_processes: int, config: Config
     _, flags = own.parse_known_args(argv)
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from dpo.device import choose_device
@@ -71,5 +73,11 @@ def launch(command: str, argv: Sequence[str], num_processes: int, config: Config
     words = ["--multi_gpu", "--num_processes", str(num_processes), *_LAUNCHER, command, *flags]
     try:
         launch_command(launch_command_parser().parse_args(words))
+    except SignalException as stop:  # the processes have got the signal too, and said it
+        sys.exit(128 + stop.sigval)
     except ChildFailedError as error:
-        sys.exit(error.get_first_failure()[1].exitcode)
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            killed = f"rank {rank} (process {failure.pid}) was killed by "
+            print(f"error: {killed}{signals.name(-failure.exitcode)}", file=sys.stderr)
+        sys.exit(failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode)

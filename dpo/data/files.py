@@ -1,7 +1,7 @@
 """Digests of files, by content, and of values, by what Python prints of them.
 
 A file in the hub's cache is known by its name there, which is its digest; any other is read, at 2
-GiB/s on two cores. What must be verified, not just recognised, is always read (`read_digests`).
+GiB/s on two cores. What must be verified, not just recognised, is always read (`dpo.sealed`).
 """
 
 import hashlib
@@ -13,7 +13,8 @@ from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
 
-MAX_THREADS = 8  # hashing releases the GIL; more would wait for the disk
+from dpo.sealed import MAX_THREADS, sha256
+
 _BLOB = re.compile("[0-9a-f]{64}|[0-9a-f]{40}")  # sha256 of a large file, git's sha1 of a small one
 
 
@@ -43,28 +44,10 @@ def file_digests(paths: Sequence[Path]) -> list[str]:
     The same content may have two digests: the hub's cache names small files by git's sha1.
     """
     with ThreadPoolExecutor(MAX_THREADS) as pool:
-        return list(pool.map(lambda path: _name_of_blob(path) or _sha256(path), paths))
-
-
-def read_digests(paths: Sequence[Path]) -> list[str]:
-    """sha256 of each file as it is on the disk now; names are not trusted."""
-    with ThreadPoolExecutor(MAX_THREADS) as pool:
-        return list(pool.map(_sha256, paths))
-
-
-def file_sums(folder: Path, pattern: str) -> dict[str, str]:
-    """sha256 of each file as it is now, by its name below the folder."""
-    files = [path for path in sorted(folder.rglob(pattern)) if path.is_file()]
-    names = [path.relative_to(folder).as_posix() for path in files]
-    return dict(zip(names, read_digests(files), strict=True))
+        return list(pool.map(lambda path: _name_of_blob(path) or sha256(path), paths))
 
 
 def _name_of_blob(path: Path) -> str | None:
     file = path.resolve()
     is_blob = path.is_symlink() and file.parent.name == "blobs" and _BLOB.fullmatch(file.name)
     return file.name if is_blob else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,7 +23,7 @@ from dpo.data.sources import Source, open_source
 from dpo.data.stream import TokenizedPair
 from dpo.data.templates import choose_template
 from dpo.data.tokens import TokenFile, read_row, tokenized
-from dpo.errors import UserError
+from dpo.errors import RefusedRowsError, UserError
 
 
 class Pairs(Sequence[TokenizedPair]):
@@ -160,9 +160,10 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreferenceD
         summary.append(f"held out: {eval_audit.summary()}")
     report |= {"pairs_trained_on_per_epoch": len(train), "pairs_held_out": len(held_out)}
     if not len(train):
-        raise UserError(
+        raise RefusedRowsError(
             f"data: no pair is left to train on: {audit.summary()}; {len(held_out)} held out. "
-            "Change data.format, data.max_length, data.eval_fraction or the rows."
+            "Change data.format, data.max_length, data.eval_fraction or the rows.",
+            report,
         )
     return PreferenceData(train, held_out, report, summary)
 

@@ -64,6 +64,17 @@ class TokenizedPair:
         return sum(len(ids) if scored is None else sum(scored) for ids, scored in answers)
 
     @property
+    def reversed(self) -> "TokenizedPair":
+        """The pair that prefers the other answer."""
+        return TokenizedPair(
+            self.prompt_ids,
+            self.rejected_ids,
+            self.chosen_ids,
+            self.rejected_scored,
+            self.chosen_scored,
+        )
+
+    @property
     def digest(self) -> bytes:
         """16 bytes that tell pairs apart: tokens, where each part begins, which are scored."""
         whole = hashlib.blake2b(digest_size=16)

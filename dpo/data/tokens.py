@@ -2,7 +2,8 @@
 
 Token ids are kept in an Arrow file, in a cache folder named by the digest of everything they depend
 on: contents of the source, tokenizer, template, lengths. A run with another learning rate finds
-them there; one with another tokenizer does not.
+them there; one with another tokenizer does not. Every file has a checksum, which is compared before
+the tokens are used.
 
 The file is read a small block at a time and not mapped into memory: the kernel maps the neighbours
 of each page that is touched, so a few thousand random pairs make the whole file resident.
@@ -10,6 +11,8 @@ of each page that is touched, so a few thousand random pairs make the whole file
 
 import hashlib
 import json
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -28,14 +31,15 @@ from transformers import PreTrainedTokenizerBase
 from dpo.config import DataConfig
 from dpo.data.audit import Audit
 from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer
-from dpo.data.files import cache_folder, digest, file_sums
+from dpo.data.files import cache_folder, digest
 from dpo.data.formats import Preference, RawRow, RowError, to_preference, unread_columns
 from dpo.data.limits import OVERLONG, Limits
 from dpo.data.sources import Row, Source
 from dpo.data.templates import choose_template, require_chatml
 from dpo.data.workers import in_order
 from dpo.device import num_cores
-from dpo.errors import UserError
+from dpo.errors import RefusedRowsError, UserError
+from dpo.sealed import damage, file_sums, seal
 
 BATCH_ROWS = 1000  # a worker's task: about a second
 BLOCK_PAIRS = 50  # read at once: 16 microseconds a pair for short ones, 80 for 600 tokens
@@ -103,6 +107,9 @@ def tokenized(
         template_digest(tokenizer, data),
     )
     folder = cache_folder("dpo_pairs") / key[:32]
+    if folder.exists() and (found := damage(folder)):
+        print(f"{found}: the rows are tokenised again", file=sys.stderr)
+        shutil.rmtree(folder, ignore_errors=True)
     if not folder.exists():
         work = partial(
             _tokenize,
@@ -112,7 +119,13 @@ def tokenized(
             template=template,
             limits=limits,
         )
-        _write(folder, source, work, data.max_dropped)
+        try:
+            _write(folder, source, work, data.max_dropped)
+        except OSError as error:
+            raise UserError(
+                f"{folder.parent} cannot be written ({error.strerror or error}), where the tokens "
+                "are kept. Free some space, or set HF_DATASETS_CACHE to a folder on another disk."
+            ) from None
     file = TokenFile(folder)
     audit = Audit.from_report(file.report)
     audit.formats = {source.name: format}
@@ -143,10 +156,11 @@ class _Batch(NamedTuple):
 
 
 class _Tokenized(NamedTuple):
-    """A tokenised batch."""
+    """A tokenised batch; `keys`, (pairs, 3): row, digest, and digest of the reversed pair."""
 
     pairs: pa.RecordBatch
     prompts: np.ndarray
+    keys: np.ndarray
     longest: int
     audit: Audit
 
@@ -183,12 +197,18 @@ def _tokenize(
     audit.pairs_kept = len(made)
     rows = [{"row": row} | vars(pair) for row, _, pair in made]
     prompts = np.array([_prompt_digest(prompt) for _, prompt, _ in made], dtype=np.int64)
+    keys = [(row, _short(pair.digest), _short(pair.reversed.digest)) for row, _, pair in made]
     longest = max((pair.num_stream_tokens for _, _, pair in made), default=0)
-    return _Tokenized(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA), prompts, longest, audit)
+    pairs = pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)
+    return _Tokenized(pairs, prompts, np.array(keys, dtype=np.int64).reshape(-1, 3), longest, audit)
 
 
 def _prompt_digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
+    return _short(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _short(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], signed=True)
 
 
 def _write(folder: Path, source: Source, work: _Work, max_dropped: float) -> None:
@@ -198,6 +218,7 @@ def _write(folder: Path, source: Source, work: _Work, max_dropped: float) -> Non
         files = Path(unfinished, "complete")
         files.mkdir()
         _write_files(files, source, work, max_dropped)
+        seal(files)
         try:
             files.rename(folder)
         except OSError:
@@ -207,6 +228,7 @@ def _write(folder: Path, source: Source, work: _Work, max_dropped: float) -> Non
 
 def _write_files(folder: Path, source: Source, work: _Work, max_dropped: float) -> None:
     audit, ids, longest = Audit(), _TokenDigest(), 0
+    keys: list[np.ndarray] = []
     left_over = pa.RecordBatch.from_pylist([], schema=_SCHEMA)
     progress = tqdm(
         total=len(source), desc=f"tokenising {source.name}", unit="row", leave=False, disable=None
@@ -223,6 +245,7 @@ def _write_files(folder: Path, source: Source, work: _Work, max_dropped: float) 
             longest = max(longest, made.longest)
             ids.update(made.pairs)
             prompts.write(made.prompts.tobytes())
+            keys.append(made.keys)
             pairs = pa.concat_batches([left_over, made.pairs])
             whole = len(pairs) // BLOCK_PAIRS * BLOCK_PAIRS
             writer.write_table(pa.table(pairs.slice(0, whole)), max_chunksize=BLOCK_PAIRS)
@@ -230,6 +253,7 @@ def _write_files(folder: Path, source: Source, work: _Work, max_dropped: float) 
             progress.update(made.audit.rows_read)
             _refuse_drops(source.name, len(source), audit, max_dropped)
         writer.write_batch(left_over)
+    _note_repeats(np.concatenate(keys), audit)
     about = {
         "digest": ids.hexdigest(),
         "longest": longest,
@@ -237,6 +261,16 @@ def _write_files(folder: Path, source: Source, work: _Work, max_dropped: float) 
         "audit": audit.report(),
     }
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def _note_repeats(keys: Int[np.ndarray, "pairs 3"], audit: Audit) -> None:
+    """Notes the rows that say what another one says, or the contrary; `keys`: see `_Tokenized`."""
+    rows, own, reverse = keys.T
+    _, first = np.unique(own, return_index=True)
+    for row in np.delete(rows, first).tolist():
+        audit.note("the same as an earlier row", row)
+    for row in rows[np.isin(own, reverse)].tolist():
+        audit.note("the contrary of another row (answers swapped)", row)
 
 
 class _TokenDigest:
@@ -269,19 +303,21 @@ def _refuse_drops(name: str, num_rows: int, audit: Audit, most: float) -> None:
         seen = f"{dropped.count} of the first {audit.rows_read} rows (such as "
         seen += f"{', '.join(map(str, dropped.rows[:5]))})"
         if reason == TEMPLATE_DIFFERS and dropped.count > MAX_DIFFERING * num_rows:
-            raise UserError(
+            raise RefusedRowsError(
                 f"{name}: in {seen} the chat template renders the prompt differently once an "
                 "answer follows it, so prompt and answer cannot be told apart. Give a template "
-                "that only appends, as a file in data.chat_template."
+                "that only appends, as a file in data.chat_template.",
+                audit.report(),
             )
         if reason != OVERLONG and dropped.count > most * num_rows:
             is_the_templates = reason.startswith("the template")
             remedy = (
                 "Give one that does in data.chat_template" if is_the_templates else "Correct them"
             )
-            raise UserError(
+            raise RefusedRowsError(
                 f"{name}: {seen} would be dropped: {reason}. That is more than {most:.0%} of all "
-                f"{num_rows}. {remedy}, or raise data.max_dropped."
+                f"{num_rows}. {remedy}, or raise data.max_dropped.",
+                audit.report(),
             )
 
 

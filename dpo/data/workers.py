@@ -16,6 +16,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from dpo.signals import SIGNALS
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
@@ -61,7 +63,8 @@ def _workers(work: Callable[[Any], Any], number: int) -> Iterator[ProcessPoolExe
 def _start(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # only the parent prints; workers exit silently
+    for number in SIGNALS:  # only the parent prints; workers exit silently
+        signal.signal(number, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

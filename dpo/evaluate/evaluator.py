@@ -30,6 +30,7 @@ from dpo.losses import LOSSES, PairLogps
 from dpo.metrics import pair_metrics
 from dpo.model.models import Models
 from dpo.model.reference import TokenLogps
+from dpo.signals import Stopped, at_once
 
 
 @torch.no_grad()
@@ -76,12 +77,23 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
     held_out: Pairs
 
-    def evaluate(self) -> Evaluation:
-        """Scores all held-out pairs, and answers some of their prompts."""
+    def evaluate(self) -> Evaluation | None:
+        """Scores all held-out pairs, answers some of their prompts; None if a signal stopped it."""
         self.models.scorer.eval()
-        logps = self._score_held_out()
-        samples = self._answers() if self.config.train.eval_prompts else []
+        try:
+            with at_once():
+                answers = self._answers() if self.config.train.eval_prompts else []
+                mine = [(self._score_held_out(), answers)]
+        except Stopped:
+            mine = [None]
         self.models.scorer.train()
+        every = gather_object(mine)  # all wait for one another here, and nowhere before
+        if None in every:
+            return None
+        rows = sorted(row for part, _ in every for row in part)
+        logps = PairLogps(*torch.tensor([values for _, *values in rows]).unbind(1))
+        samples = [sample for _, part in every for sample in part]
+        samples.sort(key=lambda sample: sample["index"])
         loss = self.config.loss
         losses = LOSSES[loss.type](logps, **loss.options)
         means = pair_metrics(logps, losses, beta=loss.beta).mean(dim=1)
@@ -95,14 +107,12 @@ class Evaluator:
         named = {f"eval/{name}": value for name, value in metrics.items()}
         return Evaluation(named, samples, logps)
 
-    def _score_held_out(self) -> PairLogps:
-        """Rank r scores pairs r, r + ranks, ...; every rank gets all results."""
+    def _score_held_out(self) -> list[tuple[float, ...]]:
+        """This rank's pairs, r, r + ranks, ...: the index and the log-probs of each."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         mine = range(rank, len(self.held_out), ranks)
         logps = self._score([self.held_out[i] for i in mine], self.models.reference)
-        rows = list(zip(mine, *(vars(logps)[f.name].tolist() for f in fields(logps)), strict=True))
-        every = sorted(gather_object(rows))
-        return PairLogps(*torch.tensor([values for _, *values in every]).unbind(1))
+        return list(zip(mine, *(vars(logps)[f.name].tolist() for f in fields(logps)), strict=True))
 
     def _score(self, pairs: Sequence[TokenizedPair], reference: TokenLogps) -> PairLogps:
         return score_pairs(
@@ -114,6 +124,7 @@ class Evaluator:
         )
 
     def _answers(self) -> list[dict[str, Any]]:
+        """This rank's share of the prompts, and what the policy answers."""
         train, model = self.config.train, self.models.policy.model
         indices = spread(len(self.held_out), train.eval_prompts)
         mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -132,7 +143,7 @@ class Evaluator:
         answered = [TokenizedPair(*ids) for ids in zip(prompts, sampled, greedy, strict=True)]
         # The live reference, since a cache would keep answers that are never asked for again.
         log_ratios = self._score(answered, self.models.reference.live).chosen_logratios.tolist()
-        samples = [
+        return [
             {
                 "index": int(index),
                 "prompt": self.tokenizer.decode(list(pair.prompt_ids)),
@@ -144,7 +155,6 @@ class Evaluator:
             }
             for index, pair, answer, log_ratio in zip(mine, pairs, greedy, log_ratios, strict=True)
         ]
-        return sorted(gather_object(samples), key=lambda sample: sample["index"])
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

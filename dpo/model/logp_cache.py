@@ -16,6 +16,7 @@ in memory. A flipped bit anywhere makes the checksum fail, and the pair counts a
 import hashlib
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,11 @@ class LogpCache:
 
     Attributes:
         num_damaged: entries and shards that were found and could not be trusted.
+        problem: why what is new could not be written, in words; it is kept in memory meanwhile.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.num_damaged = folder, 0
+        self.folder, self.num_damaged, self.problem = folder, 0, ""
         folder.mkdir(parents=True, exist_ok=True)
         self._new: dict[bytes, Logps] = {}
         self._shards: list[_Shard] = []
@@ -70,11 +72,11 @@ class LogpCache:
     def put(self, pair: TokenizedPair, logps: Logps) -> None:
         """Adds a pair; it is written to disk when a shard is full, or by `flush`."""
         self._new[pair.digest] = logps
-        if len(self._new) >= PAIRS_PER_SHARD:
+        if len(self._new) % PAIRS_PER_SHARD == 0:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is new as one shard."""
+        """Writes what is new as one shard; what prevents it is in `problem`."""
         if not self._new:
             return
         entries = self._new.items()
@@ -86,9 +88,16 @@ class LogpCache:
             "ends": np.cumsum([len(logps) for _, logps in entries], dtype=np.int64),
             "logps": np.concatenate([logps for _, logps in entries]).astype(np.float32),
         }
-        save_file(columns, unfinished)
-        unfinished.rename(self.folder / name)
-        self._new = {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)  # someone may have deleted it
+            save_file(columns, unfinished)
+            unfinished.rename(self.folder / name)
+        except (SafetensorError, OSError) as error:
+            self.problem = f"{self.folder} cannot be written ({error})"
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            return
+        self._new, self.problem = {}, ""
         self.refresh()
 
     def refresh(self) -> None:

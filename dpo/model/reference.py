@@ -171,9 +171,10 @@ class Reference:
         if self.store is None:
             return ""
         damaged = f", {self.store.num_damaged} damaged" if self.store.num_damaged else ""
+        problem = f" {self.store.problem}." if self.store.problem else ""
         return (
             f"The reference: {self.num_computed} pairs computed, {self.num_found} found{damaged} "
-            f"in {self.store.folder}."
+            f"in {self.store.folder}.{problem}"
         )
 
 

@@ -22,8 +22,9 @@ from dpo.device import choose_device
 from dpo.errors import UserError
 from dpo.model.load import without_peft
 from dpo.model.named import load_tokenizer
+from dpo.plan.disk import run_parts, written_bytes
 from dpo.plan.fake import FakePolicy, without_numbers
-from dpo.plan.fit import Fit, choose_dtype, copy_bytes, optimizer_bytes
+from dpo.plan.fit import Fit, choose_dtype
 from dpo.plan.flops import Work, costs, work
 from dpo.plan.gpus import GPUS, Gpu, find_gpu, nearest_gpus, this_cpu
 
@@ -186,19 +187,11 @@ def time_on_this_cpu(
 
 def disk_parts(config: Config, fake: FakePolicy, sample: Sample, order: Order) -> dict[str, int]:
     """The most bytes that are on the disk at once, by what is written."""
-    train = config.train
-    weights = sum(p.numel() * p.element_size() for p in fake.trained)
-    state = optimizer_bytes(fake.trained, config.optim.name) + copy_bytes(fake.trained)
-    checkpoint = weights + state
-    written = order.num_steps // train.save_steps if train.save_steps else 0
-    kept = min(written, train.save_total_limit + 1)  # the next is complete before the oldest goes
     pairs = sample.num_pairs or order.num_steps * order.pairs_per_step
     ids = [sum(map(len, (p.prompt_ids, p.chosen_ids, p.rejected_ids))) for p in sample.pairs]
     scored = [pair.num_scored_tokens for pair in sample.pairs]
     parts = {
-        f"{kept} checkpoints": kept * checkpoint,
-        "best/": weights if train.metric_for_best_model else 0,
-        "final/": weights,
+        **run_parts(config, written_bytes(config, fake.trained), order),
         f"{pairs} tokenised pairs": round(pairs * (4 * sample.mean(ids) + PAIR_BYTES)),
         "reference cache": round(pairs * (4 * sample.mean(scored) + PAIR_BYTES)),
         "merged model, if you merge": fake.num_base_weights() * fake.base.dtype.itemsize,

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from dpo import run_folder
+from dpo import run_folder, sealed
 from dpo.data import files
 from dpo.errors import UserError
 from dpo.report import comparison, curves, digest
@@ -105,7 +105,7 @@ def _mark(logs: RunLogs) -> str:
 
     The last, so that a page that was cut off in writing has none.
     """
-    code = [files.file_sums(_PACKAGE, "*.py"), files.file_sums(_BESIDE, "*.[!p]*")]
+    code = [sealed.file_sums(_PACKAGE, "*.py"), sealed.file_sums(_BESIDE, "*.[!p]*")]
     return f"\n<!-- made of {files.digest(code, version('matplotlib'), logs)} -->\n"
 
 

@@ -5,11 +5,15 @@ once for many runs that start together: then none of them runs the reference on 
 interrupted, it continues where it stopped: what was computed is in the cache.
 """
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from dpo.config import Config
+from dpo.data.files import use_a_writable_cache
 from dpo.data.loader import load_data
 from dpo.data.order import Order, micro_batches
 from dpo.data.stream import TokenizedPair, build_stream
@@ -20,10 +24,12 @@ from dpo.model.reference import Reference
 from dpo.ranks import main_first, sum_over_ranks
 from dpo.train.budget import load_policy_to_fit, probe_pairs, settle_dtype
 from dpo.train.launch import build_accelerator
+from dpo.train.peers import watched
 
 PAIRS_AT_ONCE = 256  # cut into micro-batches together
 
 
+@watched()
 def cache_reference(config: Config) -> str:
     """Fills `reference.cache` for this configuration; every rank computes its share.
 
@@ -41,6 +47,9 @@ def cache_reference(config: Config) -> str:
             "Change it."
         )
     accelerator = build_accelerator(config, [])
+    for said in use_a_writable_cache(Path(config.train.output_dir)):
+        if accelerator.is_main_process:
+            print(said, file=sys.stderr)
     tokenizer = load_tokenizer(config.model)
     data = main_first(accelerator, lambda: load_data(config, tokenizer))
     rank, ranks = accelerator.process_index, accelerator.num_processes
@@ -72,6 +81,8 @@ def cache_reference(config: Config) -> str:
     counts = torch.tensor([reference.num_computed, reference.num_found], device=accelerator.device)
     computed, found = sum_over_ranks(accelerator, counts).tolist()
     assert reference.store
+    if reference.store.problem:
+        raise UserError(f"{reference.store.problem}. Free some space, and start again.")
     accelerator.end_training()
     return f"{computed} pairs computed, {found} were there: {reference.store.folder}"
 

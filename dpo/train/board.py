@@ -4,6 +4,7 @@ Accelerate's tracker would write hyper-parameters as a second run with a file of
 are written into the run itself, whose scalars are the results.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ RESULTS = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "eval
 
 def open_board(writer: SummaryWriter, settings: Mapping[str, int | float | str | bool]) -> None:
     """Writes the layout of the charts, and the settings by `section.key`."""
+    threading.excepthook = _leave_to_the_next_write
     writer.add_custom_scalars(
         {
             group: {
@@ -37,6 +39,15 @@ def open_board(writer: SummaryWriter, settings: Mapping[str, int | float | str |
     )
     for summary in hparams(dict(settings), dict.fromkeys(RESULTS, 0.0)):
         writer._get_file_writer().add_summary(summary)  # type: ignore[union-attr]
+
+
+def _leave_to_the_next_write(failed: threading.ExceptHookArgs) -> None:
+    """Prints what ends a thread, but not a full disk: the next write to the board raises that."""
+    if not isinstance(failed.exc_value, OSError):
+        _print_what_ended_it(failed)
+
+
+_print_what_ended_it = threading.excepthook
 
 
 def _scalars(names: Sequence[str]) -> list[str]:

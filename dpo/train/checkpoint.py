@@ -2,8 +2,8 @@
 
 A checkpoint is the trained weights (PEFT's or transformers' files), the optimizer, `state.json`.
 The order of the pairs, the dropout and the learning rate are pure functions of the step and need no
-state. A checkpoint is written aside and renamed when complete, before any older one is deleted. It
-has a manifest of sha256 sums: safetensors and torch.load both read a flipped byte without a word.
+state. A checkpoint is a sealed folder (`dpo.sealed`), complete before any older one is deleted; a
+damaged one is passed over. Nothing is deleted that this trainer has not written.
 
 Left out on purpose: Accelerate's `save_state`. It writes the whole base, does not load again with
 NF4, and pickles its random states.
@@ -12,19 +12,21 @@ NF4, and pickles its random states.
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from dpo import run_folder
 from dpo.cli import save
 from dpo.config import Config, absolute, as_saved
-from dpo.data.files import file_sums
 from dpo.data.loader import list_sources
 from dpo.data.order import Order
 from dpo.errors import UserError
@@ -36,6 +38,7 @@ from dpo.run_folder import (
     read_lines,
     read_whole,
 )
+from dpo.sealed import damage, written_aside
 
 # They say when a run ends: with others, also a finished run goes on.
 _END_KEYS = "train.max_steps train.num_train_epochs train.patience".split()
@@ -46,7 +49,7 @@ _FREE_KEYS = (
     "train.logging_steps train.eval_steps train.eval_prompts train.eval_max_new_tokens "
     "train.eval_exact_match train.metric_for_best_model train.tokens_per_microbatch "
     "train.gradient_checkpointing train.peak_tflops train.deterministic train.device "
-    "reference.cache data.template_date "
+    "train.timeout_minutes reference.cache data.template_date "
     # Their product with the number of ranks is compared instead, in _check_same_run.
     "train.per_device_train_batch_size train.gradient_accumulation_steps"
 ).split()
@@ -69,13 +72,15 @@ class Identity:
     reference_logps: list[float]
 
 
-def find_checkpoint(config: Config) -> Path | None:
+def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     """The checkpoint that `train.resume` means, None for a fresh start; it locks an old run.
+
+    Also says which newer checkpoints were passed over, and why.
 
     Raises:
         UserError: the folder is not a run's or another run writes into it, the run is finished and
-            has no new end or no checkpoint, its checkpoint is damaged, or the configuration
-            changed.
+            has no new end or no checkpoint, none of its checkpoints is whole, or the
+            configuration changed.
     """
     folder = Path(config.train.output_dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -85,35 +90,67 @@ def find_checkpoint(config: Config) -> Path | None:
             "Name another."
         )
     _lock_old_run(folder)
-    checkpoint = _named_checkpoint(config, folder)
+    checkpoint, passed_over = _named_checkpoint(config, folder)
     if checkpoint is None or checkpoint.resolve().parent != folder.resolve():
         _check_put_aside(config, folder)
     if checkpoint:
-        verify(checkpoint)
         _check_same_config(config, checkpoint)
-    return checkpoint
+    return checkpoint, passed_over
 
 
-def _named_checkpoint(config: Config, folder: Path) -> Path | None:
+def _named_checkpoint(config: Config, folder: Path) -> tuple[Path | None, list[str]]:
     resume = config.train.resume
     if resume == "never":
-        return None
+        return None, []
     if resume == "auto":
         found = list_checkpoints(folder)
         if (folder / run_folder.SUMMARY).exists():
-            _check_finished(config, folder, has_checkpoint=bool(found))
-        return found[-1] if found else None
+            _check_finished(config, folder, has_checkpoint=any(map(is_checkpoint, found)))
+        return _newest_whole(found)
     if not (Path(resume) / "state.json").exists():
         raise UserError(
             f"train.resume: got {resume!r}, wanted auto, never, or a checkpoint folder (with a "
             "state.json)."
         )
-    return Path(resume)
+    if found := damage(Path(resume)):
+        raise UserError(
+            f"train.resume: {found}: the checkpoint cannot be trusted. Name another, or set "
+            "train.resume to auto, which takes the newest whole one."
+        )
+    return Path(resume), []
+
+
+def _newest_whole(checkpoints: list[Path]) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole; and why newer ones were passed over, in words.
+
+    Raises:
+        UserError: there are some, and all are damaged.
+    """
+    passed_over = []
+    for checkpoint in reversed(checkpoints):
+        found = damage(checkpoint)
+        if not found:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint.name} was passed over: {found}")
+    if any(map(is_checkpoint, checkpoints)):
+        raise UserError(
+            f"train.resume: no checkpoint in {checkpoints[0].parent} is whole: "
+            f"{'; '.join(passed_over)}. Restore one, or set train.resume to never: the old run is "
+            "then put aside."
+        )
+    return None, passed_over
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether this trainer wrote the folder, damaged or not: others are never deleted."""
+    return (folder / "state.json").exists() and not folder.is_symlink()
 
 
 def _lock_old_run(folder: Path) -> None:
     """Locks the folder of an old run; a folder that holds anything else is refused."""
     found = sorted(path.name for path in folder.glob("*") if not path.name.startswith("."))
+    if found == [run_folder.DATA_REPORT]:  # of rows that were refused
+        return
     if found and not run_folder.is_run(folder):
         raise UserError(
             f"train.output_dir: got {folder}, which holds {', '.join(found[:5])} and is no run's "
@@ -172,7 +209,7 @@ def prepare_run_folder(folder: Path, checkpoint: Path | None) -> None:
     run_folder.lock(folder)
     (folder / run_folder.SUMMARY).unlink(missing_ok=True)  # it says that the run is finished
     if checkpoint and is_here:
-        for later in list_checkpoints(folder):
+        for later in filter(is_checkpoint, list_checkpoints(folder)):
             if (checkpoint_step(later) or 0) > _step_of(checkpoint):
                 shutil.rmtree(later)
         for name in (*run_folder.MEASURED.values(), run_folder.JUDGED):
@@ -195,19 +232,22 @@ def save_checkpoint(
     identity: Identity,
     state: dict[str, Any],
 ) -> Path:
-    """Writes `checkpoint-{step}`, then deletes the oldest; one process calls it."""
+    """Writes `checkpoint-{step}`, then deletes the oldest; one process calls it.
+
+    Raises:
+        OSError: it cannot be written; the older ones are as they were.
+    """
     checkpoint = folder / checkpoint_name(step)
-    unfinished = folder / f".{checkpoint.name}"
-    for stale in (unfinished, checkpoint):
-        shutil.rmtree(stale, ignore_errors=True)
-    save_weights(model, unfinished)
-    torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
-    (unfinished / "state.json").write_text(json.dumps({"step": step, **asdict(identity), **state}))
-    save(config, unfinished / run_folder.CONFIG)
-    manifest = file_sums(unfinished, "*")
-    (unfinished / "manifest.json").write_text(json.dumps(manifest))
-    os.rename(unfinished, checkpoint)
-    for old in list_checkpoints(folder)[: -config.train.save_total_limit]:
+    if os.path.lexists(checkpoint) and not is_checkpoint(checkpoint):
+        _put_aside(checkpoint)
+    with written_aside(checkpoint) as files:
+        save_weights(model, files)
+        with _disk_errors():
+            torch.save(optimizer.state_dict(), files / "optimizer.pt")
+        (files / "state.json").write_text(json.dumps({"step": step, **asdict(identity), **state}))
+        save(config, files / run_folder.CONFIG)
+    written = [*filter(is_checkpoint, list_checkpoints(folder))]
+    for old in written[: -config.train.save_total_limit]:
         shutil.rmtree(old)
     return checkpoint
 
@@ -255,42 +295,27 @@ def _check_same_run(checkpoint: Path, state: dict[str, Any], now: Identity) -> N
         )
 
 
-def verify(checkpoint: Path) -> None:
-    """Compares every file with the manifest.
-
-    Raises:
-        UserError: naming the damaged or missing file.
-    """
-    manifest = checkpoint / "manifest.json"
-    sums = json.loads(manifest.read_text()) if manifest.exists() else {"manifest.json": ""}
-    now = file_sums(checkpoint, "*")
-    for name, expected in sums.items():
-        file = checkpoint / name
-        if now.get(name) != expected:
-            raise UserError(
-                f"{file} is {'damaged' if file.exists() else 'missing'}: the checkpoint cannot be "
-                "trusted. Delete that checkpoint folder to go on from the one before it."
-            )
-
-
 def save_weights(model: nn.Module, folder: Path) -> None:
     """Writes the adapter in PEFT's format, or the whole model, and reads it back to compare.
 
     Raises:
+        OSError: it cannot be written.
         RuntimeError: what is on the disk is not what was trained.
     """
     if is_adapted(model):
         import peft
 
-        model.save_pretrained(  # type: ignore[operator]
-            folder, selected_adapters=["default"], save_embedding_layers=False
-        )
+        with _disk_errors():
+            model.save_pretrained(  # type: ignore[operator]
+                folder, selected_adapters=["default"], save_embedding_layers=False
+            )
         (folder / "README.md").unlink(missing_ok=True)  # a model card with nothing filled in
         live = peft.get_peft_model_state_dict(
             model, adapter_name="default", save_embedding_layers=False
         )
     else:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        with _disk_errors():
+            model.save_pretrained(folder)  # type: ignore[operator]
         live = model.state_dict()
     written = {
         name: tensor
@@ -304,6 +329,17 @@ def save_weights(model: nn.Module, folder: Path) -> None:
             f"{folder}: read back {len(written)} tensors, wanted {len(trained)} or more, equal to "
             "those in memory. Check the disk."
         )
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Inside, what torch and safetensors raise of a full disk becomes an OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(0, str(error)) from None
+    except RuntimeError as error:  # "unexpected pos 64 vs 0", of torch's archive
+        raise OSError(0, str(error).splitlines()[0]) from None
 
 
 def _check_finished(config: Config, folder: Path, *, has_checkpoint: bool) -> None:

@@ -1,13 +1,14 @@
 """Accelerate, for what it is best at: devices, processes and trackers."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from huggingface_hub.constants import HF_HOME
 
 from dpo.config import Config
@@ -49,7 +50,10 @@ def build_accelerator(config: Config, trackers: list[str]) -> Accelerator:
         mixed_precision="no",
         log_with=trackers or None,  # type: ignore[arg-type]
         project_dir=config.train.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=config.train.timeout_minutes)),
+        ],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:

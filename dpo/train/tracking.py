@@ -1,10 +1,12 @@
 """What a run reports: progress bar, `metrics.jsonl`, Accelerate's trackers, closing table."""
 
 import difflib
-import json
 import platform
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from dpo.errors import UserError
 from dpo.evaluate.diagnostics import Watch
 from dpo.evaluate.evaluator import Evaluation, held_out_columns
 from dpo.losses import PairLogps, implicit_rewards
-from dpo.run_folder import append_lines, read_lines
+from dpo.run_folder import append_lines, read_lines, salvage_lines, write_lines
 from dpo.train.board import open_board, show_evaluation
 
 # The rows of the closing table.
@@ -39,6 +41,8 @@ class Tracker:
     def __init__(self, accelerator: Accelerator, folder: Path, watch: Watch):
         self._accelerator = accelerator
         self._file, self._samples, self._held_out = (folder / name for name in run_folder.LOGS)
+        self._waiting: dict[Path, list[run_folder.Line]] = {}
+        self._said: set[str] = set()
         self._bar: tqdm[Any] | None = None
         self._writer: SummaryWriter | None = None
         self._watch = watch
@@ -46,9 +50,14 @@ class Tracker:
     def rewind(self, start_step: int) -> None:
         """Drops what was logged after `start_step`, since the resumed run logs it again."""
         for file in (self._file, self._samples, self._held_out):
-            kept = [line for line in read_lines(file) if line["step"] <= start_step]
+            lines, num_broken = salvage_lines(file)
+            if num_broken:
+                are = "line is" if num_broken == 1 else "lines are"
+                self.say(f"{file}: {num_broken} broken {are} left out")
+            if file == self._file and start_step and not lines:
+                self.say(f"{file}: what was logged up to step {start_step} is lost")
             rewritten = file.with_suffix(".tmp")
-            rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            write_lines(rewritten, (line for line in lines if line["step"] <= start_step))
             rewritten.replace(file)
         for line in read_lines(self._file):
             self._watch.see(line)  # these findings were printed before
@@ -81,13 +90,18 @@ class Tracker:
         if not self._accelerator.is_main_process:
             return
         line = {"step": step, **metrics}
-        append_lines(self._file, [line])
-        self._accelerator.log(metrics, step=step)
+        self._append(self._file, line)
+        self._without("the trackers' logs", lambda: self._accelerator.log(metrics, step=step))
         for finding in self._watch.see(line):
             self.say(str(finding))
 
     def advance(self, metrics: dict[str, float] | None) -> None:
         """Moves the bar one step; shows the metrics, if there are new ones."""
+        assert self._bar is not None
+        with suppress(OSError):
+            self._show(metrics)
+
+    def _show(self, metrics: dict[str, float] | None) -> None:
         assert self._bar is not None
         self._bar.update()
         if metrics:
@@ -104,7 +118,8 @@ class Tracker:
     def say(self, text: str) -> None:
         """Prints above the bar, once."""
         if self._accelerator.is_main_process:
-            tqdm.write(text, file=sys.stderr)
+            with suppress(OSError):  # it may go to a file, on a full disk
+                tqdm.write(text, file=sys.stderr)
 
     def log_evaluation(
         self, step: int, evaluation: Evaluation, held_out: Pairs, *, beta: float
@@ -113,9 +128,9 @@ class Tracker:
         self.log(step, evaluation.metrics)
         if not self._accelerator.is_main_process:
             return
-        append_lines(self._samples, [{"step": step, **sample} for sample in evaluation.samples])
+        self._append(self._samples, *({"step": step, **sample} for sample in evaluation.samples))
         columns = held_out_columns(held_out, evaluation.logps)
-        append_lines(self._held_out, [{"step": step, **columns}])
+        self._append(self._held_out, {"step": step, **columns})
         if self._writer:
             chosen, rejected = implicit_rewards(evaluation.logps, beta=beta)
             histograms = {
@@ -123,27 +138,75 @@ class Tracker:
                 "rewards/rejected": rejected,
                 "rewards/margins": chosen - rejected,
             }
-            show_evaluation(self._writer, step, histograms, evaluation.samples)
+            show = partial(show_evaluation, self._writer, step, histograms, evaluation.samples)
+            self._without("the trackers' logs", show)
+
+    def say_once(self, text: str) -> None:
+        """As `say`, but nothing a second time."""
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
+
+    def _append(self, file: Path, *lines: run_folder.Line) -> None:
+        """Appends to a log; what cannot be written waits in memory for the next time."""
+        waiting = self._waiting.setdefault(file, [])
+        waiting += lines
+
+        def write() -> None:
+            append_lines(file, waiting)
+            waiting.clear()
+
+        self._without(str(file), write)
+
+    def _without(self, what: str, write: Callable[[], object]) -> None:
+        """Writes what training can do without; says once that it could not be written."""
+        try:
+            write()
+        except OSError as error:
+            self.say_once(f"{what} cannot be written ({error.strerror}); training goes on")
+
+    def close(self) -> None:
+        """Closes the bar and the trackers, and writes what could not be written before.
+
+        Raises:
+            UserError: it still cannot.
+        """
+        self.close_bar()
+        for tracker in self._accelerator.trackers:
+            self._without("the trackers' logs", tracker.finish)
+        self._accelerator.trackers = []
+        self._accelerator.end_training()  # it ends the process group
+        for file in self._waiting:
+            self._append(file)
+        if lost := [str(file) for file, lines in self._waiting.items() if lines]:
+            raise UserError(
+                f"{', '.join(lost)} cannot be written: the last lines are lost. Free some space on "
+                "the disk, and begin again from the last checkpoint (train.resume auto)."
+            )
+
+    def _lines(self, file: Path) -> list[run_folder.Line]:
+        return [*read_lines(file), *self._waiting.get(file, [])]
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The evaluation lines so far; the first is from before training."""
-        return [line for line in read_lines(self._file) if "eval/loss" in line]
+        return [line for line in self._lines(self._file) if "eval/loss" in line]
 
     def last_held_out(self) -> PairLogps | None:
         """The log-probs of every held-out pair at the last evaluation."""
-        lines = read_lines(self._held_out)
+        lines = self._lines(self._held_out)
         if not lines:
             return None
         return PairLogps(*(torch.tensor(lines[-1][field.name]) for field in fields(PairLogps)))
 
     def samples_at(self, step: int) -> list[dict[str, Any]]:
         """The samples of the evaluation at a step."""
-        return [line for line in read_lines(self._samples) if line["step"] == step]
+        return [line for line in self._lines(self._samples) if line["step"] == step]
 
     def close_bar(self) -> None:
         """Closes the bar, so that what is printed next appears below it."""
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
 
 
 def check_trackers(report_to: str | list[str]) -> list[str]:
@@ -192,7 +255,9 @@ def closing_table(before: dict[str, Any], after: dict[str, Any]) -> str:
 def side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]], count: int = 5) -> str:
     """The first prompts with the answers before and after training."""
     parts = []
-    for old, new in list(zip(before, after, strict=True))[:count]:
+    known = {sample["index"]: sample for sample in before}
+    both = [(known[new["index"]], new) for new in after if new["index"] in known]
+    for old, new in both[:count]:
         parts += [
             old["prompt"].strip(),
             f"  before: {old['answer']}",

@@ -17,15 +17,16 @@ from typing import Any
 
 from torch import Tensor
 
-from dpo import run_folder
+from dpo import run_folder, signals
 from dpo.catalogue import is_better
 from dpo.cli import save
 from dpo.config import Config
 from dpo.data.files import use_a_writable_cache
-from dpo.data.loader import load_data
+from dpo.data.loader import PreferenceData, load_data
 from dpo.data.order import Order, is_due
 from dpo.data.templates import template_to_save
 from dpo.data.tokens import template_digest
+from dpo.errors import RefusedRowsError, UserError
 from dpo.evaluate.diagnostics import Watch
 from dpo.evaluate.evaluator import Evaluator
 from dpo.evaluate.token_rewards import rewards_to_show
@@ -33,16 +34,26 @@ from dpo.metrics import RunningMeans
 from dpo.model.fingerprint import weights_digest
 from dpo.model.models import build_models
 from dpo.model.named import check_vocabulary, load_tokenizer, save_tokenizer
+from dpo.plan.disk import cannot_write, check_disk, written_bytes
 from dpo.plan.flops import costs
 from dpo.plan.gpus import peak_tflops
 from dpo.plan.plan import time_on_this_cpu
-from dpo.ranks import main_first, on_main, smallest_over_ranks, sum_over_ranks
+from dpo.ranks import (
+    largest_over_ranks,
+    main_first,
+    on_main,
+    smallest_over_ranks,
+    sum_over_ranks,
+)
 from dpo.report.page import write_report
+from dpo.run_folder import checkpoint_name, list_checkpoints
+from dpo.sealed import written_aside
 from dpo.train import checkpoint as checkpoints
 from dpo.train.budget import load_policy_to_fit, probe_pairs, settle_day, settle_dtype, token_budget
 from dpo.train.header import header
 from dpo.train.launch import build_accelerator, launcher_notes
 from dpo.train.optim import build_optimizer
+from dpo.train.peers import watched
 from dpo.train.selfcheck import check_start, shortest_pairs
 from dpo.train.step import TrainStep
 from dpo.train.throughput import LoggingInterval, Stopwatch
@@ -55,29 +66,34 @@ from dpo.train.tracking import (
 )
 
 
+@watched()
 def train(config: Config) -> Path:
     """Runs the configuration to its end; returns the run folder.
 
     Raises:
         UserError: what the configuration asks for cannot be done; nothing was lost.
+        Stopped: a signal has asked for it; the run is saved.
         RuntimeError: the start-up self-check or a gradient shows numbers that cannot be trusted.
     """
     run = Run(config)
     run.check_start()
-    if not run.start_step:
-        run.evaluate(step=0)
-    for step in range(run.start_step + 1, run.order.num_steps + 1):
-        if run.is_out_of_patience:
-            break
-        run.train_step(step)
-        run.log(step)
-        if is_due(step, config.train.eval_steps) or step == run.order.num_steps:
-            run.evaluate(step)
-        if is_due(step, config.train.save_steps):
-            run.save(step)
-        elif run.order.ends_epoch(step):
-            run.share_reference()
-    return run.finish()
+    with signals.deferred("the run is saved after this step"):
+        if run.lacks_evaluation:
+            run.evaluate(run.start_step)
+        run.stop_if_asked(run.start_step)
+        for step in range(run.start_step + 1, run.order.num_steps + 1):
+            if run.is_out_of_patience:
+                break
+            run.train_step(step)
+            run.log(step)
+            if run.is_evaluated_at(step):
+                run.evaluate(step)
+            if is_due(step, config.train.save_steps):
+                run.save_or_go_on(step)
+            elif run.order.ends_epoch(step):
+                run.share_reference()
+            run.stop_if_asked(step)
+        return run.finish()
 
 
 class Run:
@@ -89,13 +105,14 @@ class Run:
         trackers = check_trackers(config.train.report_to)
         self.accelerator = accelerator = build_accelerator(config, trackers)
         device = accelerator.device
-        resume_from = on_main(accelerator, lambda: checkpoints.find_checkpoint(config))
+        find = partial(checkpoints.find_checkpoint, config)
+        resume_from, passed_over = on_main(accelerator, find)
         self.folder = Path(config.train.output_dir)
 
-        about_start = use_a_writable_cache(self.folder) + launcher_notes()
+        about_start = passed_over + use_a_writable_cache(self.folder) + launcher_notes()
         self.tokenizer = load_tokenizer(config.model)
         settle_day(config, accelerator, self.tokenizer, resume_from)
-        self.data = data = main_first(accelerator, lambda: load_data(config, self.tokenizer))
+        self.data = data = main_first(accelerator, self._load_data)
         largest = max(pairs.largest_id for pairs in (data.train, data.held_out))
         check_vocabulary(config.model, self.tokenizer, largest)
         self.order = order = Order.of(config.train, len(data.train), accelerator.num_processes)
@@ -123,6 +140,7 @@ class Run:
                 resume_from, policy.model, self.optimizer.optimizer, self.identity
             )
         self.start_step: int = state.get("step", 0)
+        self._evaluated_at: int = state.get("evaluated_at", self.start_step or -1)
         name = config.train.metric_for_best_model or ""
         best = state.get("best") or {}  # versions up to 0.4.0 kept its value alone
         self.best: dict[str, float] = best if isinstance(best, dict) else {name: best}
@@ -134,6 +152,8 @@ class Run:
             config, accelerator, models, probe, data.train.longest_in_files, state
         )
 
+        self._sizes = written_bytes(config, models.trained)
+        on_main(accelerator, lambda: check_disk(config, self._sizes, order))
         # Nothing is written before this line: until here, the configuration may prove wrong.
         watch = Watch(config.loss.beta if models.reference.mode != "zero" else None)
         self.tracker = Tracker(accelerator, self.folder, watch)
@@ -148,10 +168,11 @@ class Run:
             planned=planned,
             time=time,
         )
+        self._about = about
         if accelerator.is_main_process:
             checkpoints.prepare_run_folder(self.folder, resume_from)
             self.tracker.rewind(self.start_step)
-            self._write_start(about)
+            self._write_start()
         self.tracker.say(about)
         self.tracker.start(config, self.start_step, order.num_steps)
 
@@ -172,6 +193,18 @@ class Run:
         )
         self.evaluator = Evaluator(config, accelerator, models, self.tokenizer, data.held_out)
 
+    def _load_data(self) -> PreferenceData:
+        """The rows; if they are refused, a new folder gets the report that says which and why."""
+        try:
+            return load_data(self.config, self.tokenizer)
+        except RefusedRowsError as refused:
+            if run_folder.is_run(self.folder):
+                raise
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = self.folder / run_folder.DATA_REPORT
+            file.write_text(json.dumps(refused.report, indent=1))
+            raise UserError(f"{refused} {file} names the rows.") from None
+
     def _tell_time(self) -> str:
         """Says how long a long run on a CPU takes; now, since loading takes long as well."""
         if self.accelerator.device.type != "cpu":
@@ -182,12 +215,13 @@ class Run:
             print(time, file=sys.stderr)
         return time
 
-    def _write_start(self, about: str) -> None:
-        """Writes what is known of the run before its first step; `about`: the header."""
+    def _write_start(self) -> None:
+        """Writes what is known of the run before its first step."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         save(self.config, self.folder / run_folder.CONFIG)
         report = json.dumps(self.data.report, indent=1)
         (self.folder / run_folder.DATA_REPORT).write_text(report)
-        (self.folder / run_folder.HEADER).write_text(about + "\n")
+        (self.folder / run_folder.HEADER).write_text(self._about + "\n")
         some, kind = self.data.some_pairs(run_folder.NUM_PAIRS)
         kept = ({"kind": kind, **asdict(pair)} for pair in some)
         run_folder.write_lines(self.folder / run_folder.PAIRS, kept)
@@ -214,14 +248,26 @@ class Run:
         has_log = step == 1 or is_last or is_due(step, self.config.train.logging_steps)
         self.tracker.advance(self._log_means(step) if has_log else None)
 
+    def is_evaluated_at(self, step: int) -> bool:
+        """Whether the run evaluates after this step; before the first, after the last."""
+        return step in (0, self.order.num_steps) or is_due(step, self.config.train.eval_steps)
+
+    @property
+    def lacks_evaluation(self) -> bool:
+        """Whether the evaluation is due where the run goes on: a signal may have stopped it."""
+        return self.is_evaluated_at(self.start_step) and self._evaluated_at != self.start_step
+
     def evaluate(self, step: int) -> None:
         """Logs held-out metrics and samples; keeps the weights in `best/` if they are the best.
 
-        The evaluation before training is no candidate.
+        The evaluation before training is no candidate. A signal stops it, and nothing is logged.
         """
         if not len(self.data.held_out):
             return
         evaluation = self.evaluator.evaluate()
+        if evaluation is None:
+            return
+        self._evaluated_at = step
         self.interval.restart_clock()  # evaluation is not training time
         self.tracker.log_evaluation(
             step, evaluation, self.data.held_out, beta=self.config.loss.beta
@@ -238,55 +284,113 @@ class Run:
         patience = self.config.train.patience
         return patience is not None and self.misses >= patience
 
-    def save(self, step: int) -> None:
-        """Writes `checkpoint-{step}`."""
+    def save(self, step: int) -> str:
+        """Writes `checkpoint-{step}`; says what prevented it, "" if nothing did."""
         self.share_reference()  # so that a resumed run finds what this one will find
         budget = self.train_step.budget
         budget.tokens = smallest_over_ranks(self.accelerator, budget.tokens)
         state = {**budget.state, "sums": self.means.state(self._sum)}
-        state |= {"best": self.best, "misses": self.misses}
-        identity = self.identity
-        if self.accelerator.is_main_process:
-            model, optimizer = self.models.policy.model, self.optimizer.optimizer
-            checkpoints.save_checkpoint(
-                self.folder, step, model, optimizer, self.config, identity, state
-            )
-        self.accelerator.wait_for_everyone()
+        state |= {"best": self.best, "misses": self.misses, "evaluated_at": self._evaluated_at}
+        write = partial(
+            checkpoints.save_checkpoint,
+            self.folder,
+            step,
+            self.models.policy.model,
+            self.optimizer.optimizer,
+            self.config,
+            self.identity,
+            state,
+        )
+        name = checkpoint_name(step)
+        problem = on_main(self.accelerator, lambda: self._try(name, write))
         self.interval.restart_clock()
+        return problem
+
+    def save_or_go_on(self, step: int) -> None:
+        """Writes `checkpoint-{step}`; without room for it, training goes on."""
+        if problem := self.save(step):
+            self.tracker.say(f"{problem} Older ones are as they were; training goes on.")
+
+    def _try(self, name: str, write: Callable[[], object]) -> str:
+        """Writes into the run folder; says what prevented it, "" if nothing did."""
+        try:
+            if not run_folder.is_run(self.folder):  # someone has deleted it
+                self._write_start()
+            write()
+            return ""
+        except OSError as error:
+            return cannot_write(self.folder / name, error, self._sizes[name.split("-")[0]])
+
+    def stop_if_asked(self, step: int) -> None:
+        """Saves and stops if a signal has asked any rank to; every rank must call.
+
+        Raises:
+            Stopped: the run is saved.
+        """
+        number = largest_over_ranks(self.accelerator, signals.asked())
+        if not number:
+            return
+        said = "stopped before the first step"
+        if step:
+            said = f"stopped after step {step}, which is saved in {checkpoint_name(step)}"
+        is_new = step > self.start_step and not (self.folder / checkpoint_name(step)).exists()
+        if on_main(self.accelerator, lambda: is_new) and (problem := self.save(step)):
+            raise UserError(f"{signals.name(number)}: {problem} {self._go_on()}")
+        self.tracker.close()
+        run_folder.unlock(self.folder)
+        auto = "" if self.config.train.resume == "auto" else " with --train.resume auto"
+        raise signals.Stopped(
+            number, f"{signals.name(number)}: {said}; the same command{auto} goes on from there"
+        )
 
     def share_reference(self) -> None:
         """Lets every rank find what any rank has computed of the reference."""
         self.models.reference.share(self.accelerator)
+        store = self.models.reference.store
+        if store and store.problem:
+            self.tracker.say_once(f"{store.problem}; training goes on")
 
     def finish(self) -> Path:
-        """Writes `final/` and `summary.json`, and prints the held-out figures before and after."""
+        """Writes `final/` and `summary.json`, and prints the held-out figures before and after.
+
+        Raises:
+            UserError: they cannot be written.
+        """
         self.share_reference()
-        if self.accelerator.is_main_process:
-            final = self.folder / run_folder.FINAL
-            checkpoints.save_weights(self.models.policy.model, final)
-            self._save_tokenizer(final)
-            self.tracker.close_bar()
-            evaluations = self.tracker.evaluations()
-            before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
-            summary: dict[str, Any] = {"before": before, "after": after}
-            last_step = after.get("step", self.start_step)
-            if self.is_out_of_patience and last_step < self.order.num_steps:
-                summary["stopped"] = self._note_early_stop(last_step)
-            tokens = self._token_rewards()
-            (self.folder / run_folder.TOKEN_REWARDS).write_text(json.dumps(tokens, indent=1))
-            (self.folder / run_folder.SUMMARY).write_text(json.dumps(summary, indent=1))
-            if evaluations:
-                old, new = (self.tracker.samples_at(line["step"]) for line in (before, after))
-                print(f"\n{closing_table(before, after)}\n\n{side_by_side(old, new)}")
-            if about_cache := self.models.reference.summary():
-                print(about_cache)
-            print(f"The trained model is in {final}.")
-            if self.config.train.write_report:
-                self._write_report()
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()  # it closes trackers and the process group
+        on_main(self.accelerator, self._write_end)
+        self.tracker.close()
+        if self.accelerator.is_main_process and self.config.train.write_report:
+            self._write_report()
         run_folder.unlock(self.folder)
         return self.folder
+
+    def _write_end(self) -> None:
+        """What `finish` says, on the main process."""
+        if problem := self._try(run_folder.FINAL, partial(self._save_weights, run_folder.FINAL)):
+            raise UserError(f"{problem} {self._go_on()}")
+        self.tracker.close_bar()
+        evaluations = self.tracker.evaluations()
+        after = evaluations[-1] if evaluations else {}
+        before = next((line for line in evaluations if line["step"] == 0), {})  # or its log is lost
+        summary: dict[str, Any] = {"before": before, "after": after}
+        last_step = after.get("step", self.start_step)
+        if self.is_out_of_patience and last_step < self.order.num_steps:
+            summary["stopped"] = self._note_early_stop(last_step)
+        tokens = self._token_rewards()
+        (self.folder / run_folder.TOKEN_REWARDS).write_text(json.dumps(tokens, indent=1))
+        (self.folder / run_folder.SUMMARY).write_text(json.dumps(summary, indent=1))
+        if before:
+            old, new = (self.tracker.samples_at(line["step"]) for line in (before, after))
+            print(f"\n{closing_table(before, after)}\n\n{side_by_side(old, new)}")
+        if about_cache := self.models.reference.summary():
+            print(about_cache)
+        print(f"The trained model is in {self.folder / run_folder.FINAL}.")
+
+    def _go_on(self) -> str:
+        """How to go on after a full disk, in words."""
+        there = [path.name for path in list_checkpoints(self.folder)]
+        start = there[-1] if there else "the start"
+        return f"Free some space; the same command then goes on from {start} (train.resume auto)."
 
     @cached_property
     def identity(self) -> checkpoints.Identity:
@@ -320,16 +424,22 @@ class Run:
         assert name
         if name in self.best and not is_better(name, metrics[name], self.best[name]):
             return self.misses + 1
-        self.best = {"step": step, name: metrics[name]}
-        best = self.folder / run_folder.BEST
-        checkpoints.save_weights(self.models.policy.model, best)
-        self._save_tokenizer(best)
-        (best / run_folder.BEST_METRIC).write_text(json.dumps(self.best))
+        best = {"step": step, name: metrics[name]}
+        write = partial(self._save_weights, run_folder.BEST, {run_folder.BEST_METRIC: best})
+        if problem := self._try(run_folder.BEST, write):
+            self.tracker.say(f"{problem} It stays what it was; training goes on.")
+        else:
+            self.best = best
         return 0
 
-    def _save_tokenizer(self, folder: Path) -> None:
+    def _save_weights(self, name: str, also: dict[str, Any] | None = None) -> None:
+        """Writes weights, tokenizer and some JSON files, in place of what the folder was."""
         template = template_to_save(self.tokenizer, self.config.data)
-        save_tokenizer(self.config.model, self.tokenizer, template, folder)
+        with written_aside(self.folder / name) as files:
+            checkpoints.save_weights(self.models.policy.model, files)
+            save_tokenizer(self.config.model, self.tokenizer, template, files)
+            for name, value in (also or {}).items():
+                (files / name).write_text(json.dumps(value))
 
     def _note_early_stop(self, step: int) -> str:
         """Says that the run stopped early and why, and notes it in the header."""
@@ -344,16 +454,21 @@ class Run:
         return said
 
     def _write_report(self) -> None:
-        """Writes the report; all else is saved by now, so a failure is told and fails no run."""
+        """Writes the report; all else is saved by now, so a failure is told and fails no run.
+
+        Raises:
+            Stopped: a signal came before it was written.
+        """
+        later = f"The run is complete; dpo report {self.folder} writes it later."
         try:
-            print(f"The report is in {write_report(self.folder)}.")
+            with signals.at_once():
+                print(f"The report is in {write_report(self.folder)}.")
+        except signals.Stopped as stop:
+            said = f"{signals.name(stop.number)}: stopped before the report was written. {later}"
+            raise signals.Stopped(stop.number, said) from None
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            print(
-                f"The report could not be written ({reason}). The run is complete; "
-                f"dpo report {self.folder} writes it later.",
-                file=sys.stderr,
-            )
+            print(f"The report could not be written ({reason}). {later}", file=sys.stderr)
 
     def _token_rewards(self) -> list[dict[str, Any]]:
         """Some held-out pairs, token by token, under the weights as they are now."""

@@ -13,9 +13,9 @@ from dpo.data.files import (
     cache_folder,
     digest,
     file_digests,
-    read_digests,
     use_a_writable_cache,
 )
+from dpo.sealed import read_digests
 
 SHA256 = hashlib.sha256(b"another content").hexdigest()
 SHA1 = hashlib.sha1(b"another content").hexdigest()
@@ -24,13 +24,13 @@ SHA1 = hashlib.sha1(b"another content").hexdigest()
 @pytest.fixture
 def read(monkeypatch):
     """Names of the files that were read, as they are."""
-    names, sha256 = [], files._sha256
+    names, sha256 = [], files.sha256
 
     def noted(file):
         names.append(file.resolve().name)
         return sha256(file)
 
-    monkeypatch.setattr(files, "_sha256", noted)
+    monkeypatch.setattr(files, "sha256", noted)
     return names
 
 

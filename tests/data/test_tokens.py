@@ -201,6 +201,18 @@ def test_the_progress_bar_leaves_nothing_where_there_is_no_terminal(write, capfd
     assert capfd.readouterr() == ("", "")
 
 
+def test_rows_that_repeat_or_contradict_others_are_noted(write, monkeypatch):
+    """Across batches; they are trained on all the same. Other answers to one prompt are neither."""
+    monkeypatch.setattr(tokens, "BATCH_ROWS", 2)
+    asked = [row("a"), row("b"), row("a"), row("b", "no", "yes"), row("b", "yes", "maybe")]
+    report = load(write(asked)).report
+    assert report["pairs_kept"] == 5
+    assert {what: tally["rows"] for what, tally in report["noted"].items()} == {
+        "the same as an earlier row": [3],
+        "the contrary of another row (answers swapped)": [2, 4],
+    }
+
+
 def test_the_quickstart_rows_are_tokenised_with_none_lost():
     from transformers import AutoTokenizer
 

@@ -74,6 +74,7 @@ def test_kl_is_the_mean_log_ratio_of_sampled_answers(tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     evaluation = one.evaluator.evaluate()
+    assert evaluation
     measured, samples = evaluation.metrics, evaluation.samples
 
     pairs = [one.data.held_out[sample["index"]] for sample in samples]

@@ -117,7 +117,7 @@ def test_files_in_the_cache_of_the_hub_are_known_by_their_names_and_not_read(
         shutil.copy(saved / name, repo / "blobs" / blob)
         (snapshot / name).symlink_to(Path("../../blobs") / blob)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(files, "_sha256", None)  # nothing is read
+    monkeypatch.setattr(files, "sha256", None)  # nothing is read
     before = digest("a/model")
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to(Path("../../blobs") / ("f" * 64))

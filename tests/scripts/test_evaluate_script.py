@@ -23,10 +23,10 @@ from dpo.after.finished import FinishedRun
 from dpo.after.judges import load_judge
 from dpo.cli import save
 from dpo.config import DataSource
-from dpo.data.files import file_sums
 from dpo.errors import UserError
 from dpo.evaluate.samples import generate
 from dpo.run_folder import JUDGED, MEASURED
+from dpo.sealed import file_sums, seal
 from tests.after.test_judges import KEY, prefers_right, server
 from tests.commands import as_process, called
 from tests.oracle import answer_logps
@@ -153,6 +153,7 @@ def test_what_an_earlier_call_measured_stays_with_its_own_weights_and_options(lo
     shutil.copytree(lora, other)
     weights = other / "final" / "adapter_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+    seal(other / "final")
     (tmp_path / "held_out.json").write_text("[1]")
     _, mixed = report_of(other, prompts=2, output=tmp_path)
     assert mixed["win_rate"] == first["win_rate"]

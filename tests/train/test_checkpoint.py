@@ -153,7 +153,7 @@ def test_a_run_of_relative_paths_is_resumed_from_elsewhere(tmp_path, monkeypatch
     file = tmp_path / "run" / "checkpoint-2" / "config.yaml"
     assert yaml.safe_load(file.read_text())["data"]["name_or_path"] == settings.data.name_or_path
     settings.data.name_or_path = Path(settings.data.name_or_path).name
-    assert find_checkpoint(settings) == file.parent
+    assert find_checkpoint(settings) == (file.parent, [])
     checkpoints._check_same_config(settings, file.parent)
     typed = file.read_text().replace(f"{tmp_path}/{settings.data.name_or_path}", "rows.jsonl")
     assert typed != file.read_text()

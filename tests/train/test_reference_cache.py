@@ -196,7 +196,7 @@ def test_a_checkpoint_without_that_digest_is_refused(tmp_path, monkeypatch):
     state = json.loads(file.read_text())
     del state["weights"]
     file.write_text(json.dumps(state))
-    monkeypatch.setattr("dpo.train.checkpoint.verify", lambda checkpoint: None)
+    monkeypatch.setattr("dpo.train.checkpoint.damage", lambda checkpoint: "")
     with pytest.raises(UserError, match=r"version before 0\.3\.0"):
         run(config(tmp_path, "--train.save_steps", 2))
 

@@ -13,8 +13,8 @@ def test_the_closing_table_shows_what_both_evaluations_measured():
 
 
 def test_samples_stand_side_by_side():
-    old = [{"prompt": "2 + 2?", "answer": "5", "chosen": "4"}]
-    new = [{"prompt": "2 + 2?", "answer": "4", "chosen": "4"}]
+    old = [{"index": 3, "prompt": "2 + 2?", "answer": "5", "chosen": "4"}]
+    new = [{"index": 3, "prompt": "2 + 2?", "answer": "4", "chosen": "4"}]
     assert side_by_side(old, new).splitlines() == [
         "2 + 2?",
         "  before: 5",

@@ -133,6 +133,24 @@ def test_the_run_folder_holds_what_the_contract_names(tmp_path):
         assert math.isfinite(train[f"train/{name}"])
 
 
+def test_rows_that_are_refused_are_named_in_a_file_and_the_folder_can_be_used(tmp_path):
+    """A file of an old run stays what it is."""
+    same = ["--data.name_or_path", tmp_path / "same.jsonl"]
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "b" if i > 2 else "c"} for i in range(9)]
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = r"6 of the first 9 rows .*: identical answers.*run/data_report.json names"
+    with pytest.raises(UserError, match=said):
+        run(config(tmp_path, *same))
+    refused = json.loads((tmp_path / "run" / "data_report.json").read_text())
+    assert refused["dropped"]["identical answers"]["rows"] == [4, 5, 6, 7, 8, 9]
+
+    folder = run(config(tmp_path, "--train.max_steps", 1))
+    kept = (folder / "data_report.json").read_text()
+    with pytest.raises(UserError, match="identical answers"):
+        run(config(tmp_path, *same, "--train.resume", "never"))
+    assert (folder / "data_report.json").read_text() == kept
+
+
 def test_a_reference_of_zero_leaves_the_policy_log_probs_as_rewards(tmp_path):
     folder = run(config(tmp_path, "--reference.mode", "zero", "--train.max_steps", 1))
     first = first_step(folder)
