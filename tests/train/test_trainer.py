@@ -136,7 +136,10 @@ def test_the_run_folder_holds_what_the_contract_names(tmp_path):
 def test_rows_that_are_refused_are_named_in_a_file_and_the_folder_can_be_used(tmp_path):
     """A file of an old run stays what it is."""
     same = ["--data.name_or_path", tmp_path / "same.jsonl"]
-    rows = [{"prompt": "a", "chosen": "b", "rejected": "b" if i > 2 else "c"} for i in range(9)]
+    rows = [
+        {"system": "", "question": "a", "chosen": "b", "rejected": "b" if i > 2 else "c"}
+        for i in range(9)
+    ]
     (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = r"6 of the first 9 rows .*: identical answers.*run/data_report.json names"
     with pytest.raises(UserError, match=said):
