@@ -9,7 +9,7 @@ LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dyna
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: train article test test-quick test-slow test-oldest test-browser check clean
+.PHONY: train article test test-quick test-slow test-oldest test-browser chaos check clean
 
 train: .venv/installed
 	$(BIN)/accelerate launch $(LAUNCH) scripts/train.py
@@ -42,6 +42,11 @@ TYPED := --jaxtyping-packages=dpo,beartype.beartype
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest -n auto --dist worksteal $(TYPED) -m "not slow and not distributed and not browser"
 	$(OLDEST)/bin/python -m pytest tests/model/test_compile.py
+
+# Kills a run N times at random moments, and damages every file that it reads in every way.
+N ?= 100
+chaos: .venv/installed-dev
+	CHAOS_KILLS=$(N) $(BIN)/python -m pytest tests/chaos
 
 # The report in Debian's Chromium, which is installed if it is missing; a skip is a failure here.
 test-browser: .venv/installed-dev

@@ -197,6 +197,26 @@ def test_a_resumed_run_names_its_step_and_old_checkpoints_go_only_after_the_new_
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
+def test_what_a_stranger_calls_a_checkpoint_is_neither_read_nor_deleted(tmp_path, capsys):
+    """An empty folder with the highest number, another trainer's, a link, and one in the way."""
+    folder = stopped_run(tmp_path)
+    other = tmp_path / "elsewhere"
+    for path in (folder / "checkpoint-99", folder / "checkpoint-0", folder / "checkpoint-3", other):
+        path.mkdir()
+    (folder / "checkpoint-0" / "trainer_state.json").write_text("{}")
+    (folder / "checkpoint-1").symlink_to(other)
+    flags = ["--train.save_steps", 1, "--train.save_total_limit", 1]
+    run(config(tmp_path, *flags))
+    said = capsys.readouterr().err
+    assert "checkpoint-99 was passed over: " in said
+    assert "resumed after step 2" in said
+    kept = {path.name for path in folder.glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{n}" for n in ("0", "1", "3", "99", "3.old-1")}
+    assert (folder / "checkpoint-0" / "trainer_state.json").exists()
+    assert (folder / "checkpoint-1").is_symlink()
+    assert not any((folder / "checkpoint-3.old-1").iterdir())
+
+
 def test_a_mistake_in_the_data_leaves_the_old_run_where_it_is(tmp_path):
     """Also with resume=never: nothing is renamed until nothing can be wrong any more."""
     folder = run(config(tmp_path, "--train.max_steps", 1))
