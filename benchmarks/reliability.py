@@ -1,6 +1,6 @@
-"""What checksums, flushing to the disk and signals cost, beside the step and the save that they guard.
+"""What checksums, flushing to the disk and signals cost, beside the step and the save.
 
-    python benchmarks/reliability.py --output benchmarks/results/reliability.md
+python benchmarks/reliability.py --output benchmarks/results/reliability.md
 """
 
 import argparse
@@ -41,6 +41,7 @@ def unsealed(folder: Path) -> Iterator[Path]:
 
 
 def seconds(do: Callable[[], object]) -> float:
+    """How long one call takes."""
     began = time.perf_counter()
     do()
     return time.perf_counter() - began
@@ -56,6 +57,7 @@ def interleaved(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def main() -> None:
+    """Measures and prints the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--model", help="another model; the packaged one without")
@@ -64,7 +66,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--train.output_dir", f"{folder}/run", "--train.report_to", "none"]
         flags += ["--model.name_or_path", model] if model else []
-        run = Run(parse([*flags, "--train.eval_prompts", "0", "--train.tokens_per_microbatch", "1024"]))
+        run = Run(
+            parse([*flags, "--train.eval_prompts", "0", "--train.tokens_per_microbatch", "1024"])
+        )
         run.tracker.close_bar()
         run.train_step(1)
         step = iter(range(2, 100))
@@ -111,9 +115,9 @@ def main() -> None:
             "",
             common.table(["", "ms"], rows),
             "",
-            f"Medians of {ROUNDS} interleaved rounds, {torch.get_num_threads()} threads; a checkpoint "
-            f"of {checkpoint:.3g} MiB, a token cache of {size:.3g} MiB. Asking for a signal is "
-            f"{per_step:.2e} of a step.",
+            f"Medians of {ROUNDS} interleaved rounds, {torch.get_num_threads()} threads; a "
+            f"checkpoint of {checkpoint:.3g} MiB, a token cache of {size:.3g} MiB. Asking for a "
+            f"signal is {per_step:.2e} of a step.",
         ]
     )
     common.publish(page, output)

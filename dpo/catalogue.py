@@ -185,6 +185,22 @@ CATALOGUE = {
         better=min,
         logged=_EVAL,
     ),
+    "displacement": Metric(
+        "Fall of chosen",
+        "Log-prob that the chosen answers have lost since step 0, for each of their tokens; less "
+        "than 0 is a gain.",
+        ".3f",
+        "nats per token",
+        better=min,
+        logged=_EVAL,
+    ),
+    "displacement_error": Metric(
+        "Its standard error",
+        "Standard error of the fall, from its spread over the held-out pairs.",
+        ".3f",
+        "nats per token",
+        logged=_EVAL,
+    ),
     "exact_match": Metric(
         "Right answers",
         "Share of greedy answers that equal the chosen one, where no other is right.",

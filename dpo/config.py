@@ -250,6 +250,8 @@ class TrainConfig:
     """Stop after so many evaluations in a row without a better metric_for_best_model."""
     resume: str = "auto"
     """auto: continue the run in the folder; never: put an old run aside; or a checkpoint."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient is infinite or no number; skip: ten times at most."""
     timeout_minutes: float = 30.0
     """How long processes wait for one that hangs, before they name it and stop."""
     report_to: str | list[str] = "tensorboard"

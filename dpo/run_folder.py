@@ -115,7 +115,7 @@ def append_lines(file: Path, lines: Iterable[Line]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
     with file.open("ab", buffering=0) as log:
         size = log.tell()
         try:

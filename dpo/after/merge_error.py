@@ -135,7 +135,7 @@ class LayerProbe:
         five standard errors of that share, from what the fit leaves over.
         """
         inputs = _inputs(layer, self.width).to(next(layer.parameters()).device)
-        moved = copy.deepcopy(layer).float()(inputs).cpu() - self.plain
+        moved = _output(copy.deepcopy(layer).float(), inputs) - self.plain
         effect = self.adapted - self.plain
         share = ((moved * effect).sum() / effect.square().sum()).item()
         left_over = (moved - share * effect).norm() / effect.norm()
@@ -152,11 +152,13 @@ def probe_layers(model: nn.Module) -> dict[str, LayerProbe]:
         if not isinstance(layer, BaseTunerLayer):
             continue
         base: nn.Module = layer.get_base_layer()
+        if not hasattr(base, "weight"):  # experts, which take more than inputs
+            continue
         dtype, device = base.weight.dtype, base.weight.device  # type: ignore[union-attr]
         layer.float()  # type: ignore[attr-defined]
         width: int = layer.in_features  # type: ignore[assignment]
         inputs = _inputs(base, width).to(device)  # type: ignore[arg-type]
-        plain, adapted = base(inputs).cpu(), layer(inputs).cpu()  # type: ignore[operator]
+        plain, adapted = _output(base, inputs), _output(layer, inputs)  # type: ignore[arg-type]
         base.to(dtype)  # type: ignore[arg-type]
         probes[name.removeprefix("base_model.model.")] = LayerProbe(width, plain, adapted)
     return probes
@@ -173,6 +175,12 @@ def wrong_layers(model: nn.Module, probes: dict[str, LayerProbe]) -> list[str]:
         if not abs(share - 1) <= 0.1 + blur:
             wrong.append(f"{name} has {share:.0%} of its adapter's effect")
     return wrong
+
+
+def _output(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """What a layer computes; a router of experts gives its scores first, then what it chose."""
+    output = layer(inputs)
+    return (output if isinstance(output, Tensor) else output[0]).cpu()
 
 
 def _inputs(layer: nn.Module, width: int) -> Tensor:

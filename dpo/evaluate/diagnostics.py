@@ -1,4 +1,6 @@
-"""Warnings that follow from a run's metrics while there is still time to act; each comes once.
+"""Warnings that follow from a run's metrics while there is still time to act.
+
+Each comes once, and once more when what it saw has grown tenfold.
 
 Loss, margin and reward accuracy are about the given answers only, and are best when a run has gone
 too far. These warnings look at other metrics. docs/diagnostics.md shows each on a real run.
@@ -7,11 +9,17 @@ too far. These warnings look at other metrics. docs/diagnostics.md shows each on
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from statistics import mean, stdev
 
 from dpo.run_folder import Line
 
 LOOK_BACK = 10  # logged training steps that a finding averages, since one step has few pairs
-DISPLACEMENT = 0.05  # nats that the chosen answers lost, on average
+DISPLACEMENT = 0.02  # nats a token that the chosen answers lost, on average
+ERRORS = 2.0  # standard errors that such a mean must be away from 0
+AGAIN = 10.0  # times the value at which a finding was said; then it is said again
+SPIKE = 2.0  # times the recent mean loss, and SPIKE_ERRORS standard deviations above it
+SPIKE_ERRORS = 10.0
+COLLAPSE = 0.25  # fall of the reward accuracy from its best
 KL_PER_TOKEN = 0.5  # nats of KL per generated token; the quickstart's good runs stay below 0.1
 LENGTH_DRIFT = 0.2  # share by which the answers became longer or shorter
 RANKING_GAP = 0.25  # reward accuracy minus ranking accuracy
@@ -27,6 +35,7 @@ class Finding:
         step: where it was first seen.
         saw: what was seen, with its values.
         means, try_this: one sentence each.
+        size: of what was seen, where it can grow.
     """
 
     key: str
@@ -34,6 +43,7 @@ class Finding:
     saw: str
     means: str
     try_this: str
+    size: float = 1.0
 
     def __str__(self) -> str:
         return (
@@ -49,7 +59,7 @@ def diagnose(lines: Iterable[Line], beta: float | None) -> list[Finding]:
 
 
 class Watch:
-    """Reads one line of metrics after the other; returns each finding once.
+    """Reads one line of metrics after the other; returns each finding when it is new.
 
     Args:
         beta: the run's, to convert rewards to nats; None for a run without a reference, where a
@@ -61,7 +71,8 @@ class Watch:
         self._recent: deque[Line] = deque(maxlen=LOOK_BACK)
         self._before: Line = {}
         self._rankings: deque[float] = deque(maxlen=3)
-        self._found: set[str] = set()
+        self._best_accuracy = 0.0  # of the training pairs, over LOOK_BACK logged steps
+        self._found: dict[str, float] = {}
 
     def see(self, line: Line) -> list[Finding]:
         """The new findings in a line of training or of an evaluation."""
@@ -73,17 +84,36 @@ class Watch:
             elif self._before:
                 found += self._evaluation(line)
         elif "train/loss" in line:
+            found += self._spike(line)
             self._recent.append(line)
             if len(self._recent) == LOOK_BACK:
                 found += self._training(int(line["step"]))
-        new = [finding for finding in found if finding.key not in self._found]
-        self._found |= {finding.key for finding in new}
+        new = [f for f in found if f.size >= AGAIN * self._found.get(f.key, 0.0)]
+        self._found |= {finding.key: finding.size for finding in new}
         return new
 
+    def _spike(self, line: Line) -> Iterator[Finding]:
+        losses = [recent["train/loss"] for recent in self._recent]
+        loss = line["train/loss"]
+        if len(losses) < LOOK_BACK:
+            return
+        usual = mean(losses)
+        if loss > max(SPIKE * usual, usual + SPIKE_ERRORS * stdev(losses)):
+            yield Finding(
+                "spike",
+                int(line["step"]),
+                f"The training loss is {loss:.3g}; over the {LOOK_BACK} logged steps before it was "
+                f"{usual:.3g}.",
+                "A few pairs, or too large a step, have moved the policy far.",
+                "Look at the rows of this step (train.seed and the step name them), or lower the "
+                "learning rate.",
+                size=loss,
+            )
+
     def _training(self, step: int) -> Iterator[Finding]:
-        loss, accuracy, reward = (
-            sum(line[f"train/{name}"] for line in self._recent) / LOOK_BACK
-            for name in ("loss", "rewards/accuracies", "rewards/chosen")
+        loss, accuracy, length = (
+            mean(line[f"train/{name}"] for line in self._recent)
+            for name in ("loss", "rewards/accuracies", "lengths/chosen")
         )
         if accuracy >= 0.99 and loss < 0.05:
             yield Finding(
@@ -95,27 +125,28 @@ class Watch:
                 "Stop here, lower the learning rate, or look for pairs that are harder to tell "
                 "apart.",
             )
-        fall = -reward / self._beta if self._beta else 0.0
-        if not self._before and fall > DISPLACEMENT:
+        if self._best_accuracy - accuracy > COLLAPSE:
             yield Finding(
-                "displacement",
+                "collapse",
                 step,
-                f"Over {LOOK_BACK} logged steps the chosen answers of the training pairs are "
-                f"{fall:.2f} nats less likely than before training.",
-                *_DISPLACEMENT,
+                f"Over {LOOK_BACK} logged steps the reward accuracy is {accuracy:.1%}; it was "
+                f"{self._best_accuracy:.1%}.",
+                "The policy has lost what it had learnt of the pairs.",
+                "Take the weights of an earlier step (best/, a checkpoint), and lower the learning "
+                "rate.",
             )
+        self._best_accuracy = max(self._best_accuracy, accuracy)
+        if not self._before and self._beta:
+            falls = [-line["train/rewards/chosen"] / self._beta / length for line in self._recent]
+            said = f"Over {LOOK_BACK} logged steps the chosen answers of the training pairs"
+            yield from _displaced(step, said, mean(falls), stdev(falls) / LOOK_BACK**0.5)
 
     def _evaluation(self, line: Line) -> Iterator[Finding]:
         before, step = self._before, int(line["step"])
         fall = before["eval/logps/chosen"] - line["eval/logps/chosen"]
-        if fall > DISPLACEMENT:
-            yield Finding(
-                "displacement",
-                step,
-                f"The held-out chosen answers have lost {fall:.2f} nats of log-prob since the "
-                "start.",
-                *_DISPLACEMENT,
-            )
+        fall = line.get("eval/displacement", fall / line["eval/lengths/chosen"])
+        error = line.get("eval/displacement_error", 0.0)
+        yield from _displaced(step, "The held-out chosen answers", fall, error)
         ranking, accuracy = line["eval/ranking_accuracy"], line["eval/rewards/accuracies"]
         has_stopped = (
             len(self._rankings) == 3 and self._rankings[-1] - self._rankings[0] < RANKING_RISE
@@ -156,8 +187,17 @@ class Watch:
             )
 
 
-_DISPLACEMENT = (
-    "DPO only widens the gap to the rejected ones, so this is common, and harmless while small; "
-    "the probability went to answers that are in no pair.",
-    "Compare with eval/kl and the samples; if they are bad, lower the learning rate or raise beta.",
-)
+def _displaced(step: int, what: str, fall: float, error: float) -> Iterator[Finding]:
+    """The finding that the chosen answers lost `fall` nats a token, give or take `error`."""
+    if fall > max(DISPLACEMENT, ERRORS * error):
+        yield Finding(
+            "displacement",
+            step,
+            f"{what} have lost {fall:.3f} nats of log-prob a token since the start (standard error "
+            f"{error:.3f}).",
+            "DPO only widens the gap to the rejected ones, so this is common, and harmless while "
+            "small; the probability went to answers that are in no pair.",
+            "Compare with eval/kl and the samples; if they are bad, lower the learning rate or "
+            "raise beta.",
+            size=fall,
+        )

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dpo.catalogue import PAIR_METRICS
@@ -98,6 +99,10 @@ class Evaluator:
         losses = LOSSES[loss.type](logps, **loss.options)
         means = pair_metrics(logps, losses, beta=loss.beta).mean(dim=1)
         metrics: dict[str, float] = dict(zip(PAIR_METRICS, means.tolist(), strict=True))
+        if self.models.reference.mode != "zero":
+            falls = -logps.chosen_logratios / logps.chosen_lengths
+            metrics["displacement"] = float(falls.mean())
+            metrics["displacement_error"] = standard_error(falls)
         if samples and self.models.reference.mode != "zero":  # without a reference there is no KL
             metrics["kl"] = _mean(samples, "log_ratio")
         if samples:
@@ -173,6 +178,11 @@ def held_out_columns(pairs: Pairs, logps: PairLogps) -> dict[str, list[Any]]:
             for name, values in columns.items()
         },
     }
+
+
+def standard_error(values: Float[Tensor, " values"]) -> float:
+    """Standard error of their mean; 0 for a single value."""
+    return float(values.std(correction=0)) / max(1, len(values) - 1) ** 0.5
 
 
 def _mean(samples: list[dict[str, Any]], key: str) -> float:

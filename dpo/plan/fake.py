@@ -9,6 +9,7 @@ the same activations; what they store is counted here.
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -99,13 +100,14 @@ class FakePolicy:
 
     def _score_both(self, stream: Any) -> torch.Tensor:
         """Log-probs under the policy; the reference's are computed for the memory they take."""
-        logps = self.scorer(stream)
-        with torch.no_grad():
-            if self.policy.is_adapted:
-                with adapter_off(self.policy):
+        with _experts_of_any_type():
+            logps = self.scorer(stream)
+            with torch.no_grad():
+                if self.policy.is_adapted:
+                    with adapter_off(self.policy):
+                        self.scorer(stream)
+                else:  # a frozen copy does the same
                     self.scorer(stream)
-            else:  # a frozen copy does the same
-                self.scorer(stream)
         return logps
 
     def _quantised_layers(self) -> Iterator[nn.Linear]:
@@ -149,6 +151,22 @@ def meta_model(model: ModelConfig) -> PreTrainedModel:
             f"model.name_or_path: got {model.name_or_path}, whose config.json describes no "
             f"causal language model ({str(error).splitlines()[0]}). Name one."
         ) from None
+
+
+@contextmanager
+def _experts_of_any_type() -> Iterator[None]:
+    """Inside, experts are multiplied by transformers' own operator.
+
+    Torch's takes the same memory, but only bfloat16 where tensors are fake.
+    """
+    from transformers.integrations import moe
+
+    ask = moe._can_use_grouped_mm
+    moe._can_use_grouped_mm = lambda *tensors: False
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = ask
 
 
 def _to_fake(model: nn.Module) -> None:

@@ -49,7 +49,7 @@ _FREE_KEYS = (
     "train.logging_steps train.eval_steps train.eval_prompts train.eval_max_new_tokens "
     "train.eval_exact_match train.metric_for_best_model train.tokens_per_microbatch "
     "train.gradient_checkpointing train.peak_tflops train.deterministic train.device "
-    "train.timeout_minutes reference.cache data.template_date "
+    "train.timeout_minutes train.on_nonfinite reference.cache data.template_date "
     # Their product with the number of ranks is compared instead, in _check_same_run.
     "train.per_device_train_batch_size train.gradient_accumulation_steps"
 ).split()

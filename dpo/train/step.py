@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from dpo.config import Config
@@ -26,7 +28,9 @@ from dpo.losses import LOSSES, PairLogps
 from dpo.metrics import RunningMeans, pair_metrics
 from dpo.model.models import Models
 from dpo.plan.flops import Costs, work
+from dpo.ranks import sum_over_ranks
 from dpo.train.budget import Budget
+from dpo.train.nonfinite import MAX_SKIPPED, NotFiniteError, bad_gradients, keep_findings
 from dpo.train.optim import learning_rate
 from dpo.train.throughput import LoggingInterval
 
@@ -49,6 +53,7 @@ class TrainStep:
         means: the pairs' metrics go here.
         interval: FLOPs, time, gradient norm and learning rate go here.
         say: prints one line for the user.
+        num_skipped: steps that were left out so far, because their numbers were not finite.
     """
 
     config: Config
@@ -62,6 +67,7 @@ class TrainStep:
     means: RunningMeans
     interval: LoggingInterval
     say: Callable[[str], None]
+    num_skipped: int = 0
 
     def __call__(self, step: int) -> None:
         """Takes step `step`, counted from 1, on this rank's part of its pairs."""
@@ -72,9 +78,14 @@ class TrainStep:
             ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
             mine = balance(num_tokens, ranks)[rank]
         seen = self.gradient(step, [pairs[i] for i in mine], pairs_in_step=len(pairs))
-        for micro_batch in seen:
-            self.means.add(micro_batch.metrics)
-        self.update(step, [([indices[mine[i]] for i in m.positions], m.losses) for m in seen])
+        self.interval.grad_norm = self.clip(seen)
+        if math.isfinite(self.interval.grad_norm):
+            self.update(step)
+            for micro_batch in seen:
+                self.means.add(micro_batch.metrics)
+        else:
+            losses = [([indices[mine[i]] for i in m.positions], m.losses) for m in seen]
+            self.refuse(step, losses)
         self.models.reference.settle()  # the norm has just been read, so the device is idle
         self.interval.add(len(pairs), sum(num_tokens))
 
@@ -140,45 +151,72 @@ class TrainStep:
         place = (self.config.train.seed, step, micro_batch, self.accelerator.process_index)
         torch.manual_seed(hash(place))
 
-    def update(self, step: int, losses_seen: list[tuple[list[int], Tensor]]) -> None:
-        """Clips the gradient and steps.
+    def clip(self, seen: list[MicroBatch]) -> float:
+        """Clips the gradient; its norm before that, NaN if a number of any rank is not finite."""
+        most = self.config.optim.max_grad_norm or math.inf
+        norm: Any = self.accelerator.clip_grad_norm_(self.models.trained, most)
+        # 0 for finite numbers, else NaN; added on the device, which is waited for only once.
+        poison: Any = sum(0 * micro_batch.metrics.sum() for micro_batch in seen)
+        if self.accelerator.num_processes > 1:
+            poison = sum_over_ranks(self.accelerator, poison + torch.zeros_like(norm))
+        return float(norm + poison)
 
-        Args:
-            step: counted from 1.
-            losses_seen: for each micro-batch, the indices of its pairs, and their losses.
-
-        Raises:
-            RuntimeError: the gradient is not finite; then no rank has taken the step.
-        """
+    def update(self, step: int) -> None:
+        """Takes the step, with its learning rate."""
         optim = self.config.optim
-        norm = self.accelerator.clip_grad_norm_(
-            self.models.trained, optim.max_grad_norm or math.inf
-        )
-        self.interval.grad_norm = float(norm)  # type: ignore[arg-type]
-        if not math.isfinite(self.interval.grad_norm):
-            raise RuntimeError(self.not_finite(step, losses_seen))
         self.interval.learning_rate = learning_rate(step - 1, self.order.num_steps, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = self.interval.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def not_finite(self, step: int, losses_seen: list[tuple[list[int], Tensor]]) -> str:
-        """The message that names the rows of a step whose gradient is not finite."""
-        bad = [
-            self.pairs.row_name(index)
+    def refuse(self, step: int, losses_seen: list[tuple[list[int], Tensor]]) -> None:
+        """Leaves out a step whose numbers are not finite; every rank must call.
+
+        Args:
+            step: counted from 1.
+            losses_seen: for each micro-batch, the indices of its pairs, and their losses.
+
+        Raises:
+            NotFiniteError: naming the rows, if `train.on_nonfinite` says so or too many were left
+                out.
+        """
+        losses = {
+            index: loss
             for indices, losses in losses_seen
             for index, loss in zip(indices, losses.tolist(), strict=True)
-            if not math.isfinite(loss)
-        ]
-        every = [self.pairs.row_name(i) for indices, _ in losses_seen for i in indices]
-        return (
-            f"step {step}: the gradient norm is {self.interval.grad_norm}; stopped before the "
-            f"update, so the weights are those of step {step - 1}. Rows whose loss is not "
-            f"finite on rank {self.accelerator.process_index}: {', '.join(bad) or 'none'}; rows "
-            f"of this step there: {', '.join(every)}. Lower optim.learning_rate, or "
-            "look at these rows."
+        }
+        every = sorted(gather_object(list(losses.items())))
+        bad = [index for index, loss in every if not math.isfinite(loss)]
+        named = [self.pairs.row_name(index) for index in bad or dict(every)]
+        folder = Path(self.config.train.output_dir, f"nonfinite-{step}")
+        if self.accelerator.is_main_process:
+            keep_findings(
+                folder,
+                list(zip(named, (self.pairs[index] for index in bad or dict(every)), strict=True)),
+                self.models.scorer,
+                self.accelerator.device,
+                step=step,
+                bad_gradients=bad_gradients(self.models.policy.model),
+            )
+        self.optimizer.zero_grad()
+        self.num_skipped += 1
+        what = "whose loss is not finite" if bad else "of the step, whose losses are finite"
+        said = (
+            f"step {step} is not taken: its gradient is not finite. Rows {what}: "
+            f"{', '.join(named)}; {folder} holds what was found."
         )
+        if self.config.train.on_nonfinite == "stop":
+            raise NotFiniteError(
+                f"{said} Look at the rows, lower optim.learning_rate, or go on with "
+                "--train.on_nonfinite skip."
+            )
+        if self.num_skipped > MAX_SKIPPED:
+            raise NotFiniteError(
+                f"{said} {MAX_SKIPPED} steps were skipped before it: the run is no longer sound. "
+                "Lower optim.learning_rate, or look at the rows."
+            )
+        self.say(f"{said} Skipped: {self.num_skipped} of {MAX_SKIPPED}.")
 
     def _lower_budget(self, step: int, bins: list[list[int]], *, is_reducing: bool) -> None:
         """Makes micro-batches smaller after memory ran out; `bins`: tokens of the pairs in each.

@@ -3,8 +3,8 @@
 import difflib
 import platform
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from functools import partial
 from importlib.metadata import version
@@ -201,6 +201,14 @@ class Tracker:
     def samples_at(self, step: int) -> list[dict[str, Any]]:
         """The samples of the evaluation at a step."""
         return [line for line in self._lines(self._samples) if line["step"] == step]
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Inside, the bar is there; whatever ends the run is said below it."""
+        try:
+            yield
+        finally:
+            self.close_bar()
 
     def close_bar(self) -> None:
         """Closes the bar, so that what is printed next appears below it."""

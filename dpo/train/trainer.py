@@ -7,14 +7,16 @@ Left out on purpose: callbacks, and Accelerate's accumulation, schedulers, sampl
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpo import run_folder, signals
@@ -28,8 +30,9 @@ from dpo.data.templates import template_to_save
 from dpo.data.tokens import template_digest
 from dpo.errors import RefusedRowsError, UserError
 from dpo.evaluate.diagnostics import Watch
-from dpo.evaluate.evaluator import Evaluator
+from dpo.evaluate.evaluator import Evaluation, Evaluator
 from dpo.evaluate.token_rewards import rewards_to_show
+from dpo.losses import PairLogps
 from dpo.metrics import RunningMeans
 from dpo.model.fingerprint import weights_digest
 from dpo.model.models import build_models
@@ -52,6 +55,7 @@ from dpo.train import checkpoint as checkpoints
 from dpo.train.budget import load_policy_to_fit, probe_pairs, settle_day, settle_dtype, token_budget
 from dpo.train.header import header
 from dpo.train.launch import build_accelerator, launcher_notes
+from dpo.train.nonfinite import NotFiniteError, keep_findings
 from dpo.train.optim import build_optimizer
 from dpo.train.peers import watched
 from dpo.train.selfcheck import check_start, shortest_pairs
@@ -77,14 +81,14 @@ def train(config: Config) -> Path:
     """
     run = Run(config)
     run.check_start()
-    with signals.deferred("the run is saved after this step"):
+    with signals.deferred("the run is saved after this step"), run.tracker.shown():
         if run.lacks_evaluation:
             run.evaluate(run.start_step)
         run.stop_if_asked(run.start_step)
         for step in range(run.start_step + 1, run.order.num_steps + 1):
             if run.is_out_of_patience:
                 break
-            run.train_step(step)
+            run.take(step)
             run.log(step)
             if run.is_evaluated_at(step):
                 run.evaluate(step)
@@ -190,6 +194,7 @@ class Run:
             self.means,
             self.interval,
             self.tracker.say,
+            state.get("skipped", 0),
         )
         self.evaluator = Evaluator(config, accelerator, models, self.tokenizer, data.held_out)
 
@@ -242,6 +247,19 @@ class Run:
             is_compiled=self.config.model.compile,
         )
 
+    def take(self, step: int) -> None:
+        """Takes a step; if its numbers are not finite, what was there before it is saved.
+
+        Raises:
+            NotFiniteError: the step is not taken.
+        """
+        try:
+            self.train_step(step)
+        except NotFiniteError as error:
+            if step - 1 > self.start_step and self.save(step - 1) == "":
+                raise UserError(f"{error} Step {step - 1} is saved.") from None
+            raise
+
     def log(self, step: int) -> None:
         """Logs means over the pairs since the last log; the first step is always logged alone."""
         is_last = step == self.order.num_steps
@@ -267,6 +285,7 @@ class Run:
         evaluation = self.evaluator.evaluate()
         if evaluation is None:
             return
+        self._check_finite(step, evaluation)
         self._evaluated_at = step
         self.interval.restart_clock()  # evaluation is not training time
         self.tracker.log_evaluation(
@@ -277,6 +296,25 @@ class Run:
             self.misses = on_main(self.accelerator, keep_best)
         if self.is_out_of_patience and self.interval.pairs:
             self._log_means(step)  # no step follows whose log they would be part of
+
+    def _check_finite(self, step: int, evaluation: Evaluation) -> None:
+        """Refuses means over rows without a finite log-prob, and names those."""
+        finite = torch.stack([getattr(evaluation.logps, f.name) for f in fields(PairLogps)])
+        bad = (~finite.isfinite().all(dim=0)).nonzero().flatten().tolist()
+        odd = [name for name, value in evaluation.metrics.items() if not math.isfinite(value)]
+        if not odd and not bad:
+            return
+        held_out, folder = self.data.held_out, self.folder / f"nonfinite-{step}"
+        named = [(held_out.row_name(i), held_out[i]) for i in bad]
+        if self.accelerator.is_main_process:
+            scorer = self.models.scorer
+            keep_findings(folder, named, scorer, self.accelerator.device, step=step, metrics=odd)
+        rows = ", ".join(name for name, _ in named) or "none"
+        raise UserError(
+            f"step {step}: {', '.join(odd)} of the held-out pairs would not be finite. Rows whose "
+            f"log-probs are not: {rows}; {folder} holds what was found. Look at the rows, or go on "
+            "from the last checkpoint with a lower optim.learning_rate in another folder."
+        )
 
     @property
     def is_out_of_patience(self) -> bool:
@@ -290,6 +328,7 @@ class Run:
         budget = self.train_step.budget
         budget.tokens = smallest_over_ranks(self.accelerator, budget.tokens)
         state = {**budget.state, "sums": self.means.state(self._sum)}
+        state |= {"skipped": self.train_step.num_skipped}
         state |= {"best": self.best, "misses": self.misses, "evaluated_at": self._evaluated_at}
         write = partial(
             checkpoints.save_checkpoint,
@@ -413,7 +452,9 @@ class Run:
         return partial(sum_over_ranks, self.accelerator)
 
     def _log_means(self, step: int) -> dict[str, float]:
-        means = self.means.pop(self._sum) | self.interval.pop()
+        if not (pair_means := self.means.pop(self._sum)):
+            return {}  # no step was taken since
+        means = pair_means | self.interval.pop()
         metrics = {f"train/{name}": value for name, value in means.items()}
         self.tracker.log(step, metrics)
         return metrics

@@ -34,6 +34,8 @@ from dpo.config import DataSource
 from dpo.errors import UserError
 from tests.after.made_runs import made_run
 from tests.models import QUICKSTART_MODEL, tiny
+from tests.train.runs import config
+from tests.train.runs import run as trained
 
 AUTO = {"weights": "final", "base": "auto", "dtype": "auto"}
 
@@ -187,13 +189,37 @@ def test_the_share_of_an_update_is_seen_below_the_rounding_of_its_weights(share)
     assert wrong_layers(nn.ModuleDict({"a": layer}), {"a": probe}) == []
 
 
-def deep_model(folder, layers):
+def deep_model(folder, layers, family="llama", **shape):
     """A random model of so many layers, with the packaged tokenizer."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(QUICKSTART_MODEL)
-    shape = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 512}
-    tiny(num_hidden_layers=layers, vocab_size=len(tokenizer), **shape).save_pretrained(folder)
+    shape |= {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 512}
+    shape |= {"num_hidden_layers": layers, "vocab_size": len(tokenizer)}
+    tiny(family, **shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT about its own
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize(
+    ("family", "experts"),
+    [
+        ("mixtral", {"num_local_experts": 4}),
+        ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 32, "decoder_sparse_step": 1}),
+    ],
+    ids=["mixtral", "qwen3_moe"],
+)
+def test_experts_and_their_router_are_trained_and_merged(tmp_path, family, experts, quantization):
+    """All-linear adapts both. What fits is planned with float32 weights as well."""
+    model = deep_model(tmp_path / "model", 2, family, **experts)
+    flags = ["--model.name_or_path", model, "--model.quantization", quantization]
+    run = trained(config(tmp_path, *flags, "--optim.learning_rate", 1e-2))
+    adapted = set(load_file(run / "final" / "adapter_model.safetensors"))
+    assert any("experts" in name for name in adapted)
+    assert any(".gate." in name for name in adapted)
+    record, said = merged(run)
+    assert record["refused"] == ""
+    assert said.endswith(", verified.")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ DOCS = Path(__file__).parents[2] / "docs" / "diagnostics.md"
 
 def training(step, **changed):
     """A healthy line of training."""
-    values = {"loss": 0.4, "rewards/accuracies": 0.9, "rewards/chosen": 0.2} | changed
+    values = {"loss": 0.4, "rewards/accuracies": 0.9, "rewards/chosen": 0.2, "lengths/chosen": 10.0}
+    values |= changed
     return {"step": step} | {f"train/{name}": value for name, value in values.items()}
 
 
@@ -24,6 +25,9 @@ def evaluation(step, **changed):
         "rewards/accuracies": 0.9,
         "ranking_accuracy": 0.8,
         "logps/chosen": -20.0 if step == 0 else -19.0,
+        "lengths/chosen": 10.0,
+        "displacement": 0.0 if step == 0 else -0.1,
+        "displacement_error": 0.01,
         "kl": 1.0,
         "lengths/generated": 10.0,
     } | changed
@@ -46,7 +50,12 @@ def test_a_healthy_run_has_no_findings():
 @pytest.mark.parametrize(
     ("key", "changed", "not_yet"),
     [
-        ("displacement", {"logps/chosen": -20.06}, {"logps/chosen": -20.04}),
+        ("displacement", {"displacement": 0.021}, {"displacement": 0.019}),
+        (
+            "displacement",
+            {"displacement": 0.121, "displacement_error": 0.06},
+            {"displacement": 0.119, "displacement_error": 0.06},
+        ),
         ("kl", {"kl": 5.1}, {"kl": 4.9}),  # 0.5 nats x 10 tokens
         ("length_drift", {"lengths/generated": 12.1}, {"lengths/generated": 11.9}),
         ("length_drift", {"lengths/generated": 7.9}, {"lengths/generated": 8.1}),
@@ -85,11 +94,13 @@ def test_one_lucky_step_is_not_saturation():
 
 
 def test_a_run_that_holds_nothing_out_is_told_of_displacement_by_its_training_rewards():
-    """The bound is 0.05 nats, at beta 0.1 a reward of -0.005."""
-    (finding,) = diagnose(steps(30, **{"rewards/chosen": -0.006}), BETA)
+    """The bound is 0.02 nats a token: at beta 0.1 and 10 tokens a reward of -0.02."""
+    (finding,) = diagnose(steps(30, **{"rewards/chosen": -0.021}), BETA)
     assert (finding.key, finding.step) == ("displacement", LOOK_BACK)
-    assert "0.06 nats" in finding.saw
-    assert keys(steps(30, **{"rewards/chosen": -0.004})) == []
+    assert "0.021 nats of log-prob a token" in finding.saw
+    assert keys(steps(30, **{"rewards/chosen": -0.019})) == []
+    noise = [training(i, **{"rewards/chosen": (-1) ** i * 2 - 0.03}) for i in range(1, 30)]
+    assert keys(noise) == []
 
 
 def test_held_out_pairs_decide_where_there_are_any():
@@ -111,13 +122,43 @@ def test_without_a_reference_there_is_no_kl_and_the_length_is_still_watched():
 
 def test_each_finding_comes_once_where_it_was_first_seen():
     watch = Watch(BETA)
-    lines = [evaluation(0), evaluation(5, kl=9.0), evaluation(9, kl=10.0, **{"logps/chosen": -30})]
+    lines = [evaluation(0), evaluation(5, kl=9.0), evaluation(9, kl=10.0, displacement=1.0)]
     found = [[finding.key for finding in watch.see(line)] for line in lines]
     assert found == [[], ["kl"], ["displacement"]]
 
 
+def test_a_finding_comes_again_when_it_has_grown_tenfold():
+    falls = (0.0, 0.03, 0.06, 0.29, 0.31, 0.9, 3.2)
+    lines = [evaluation(i, displacement=fall) for i, fall in enumerate(falls)]
+    assert [finding.step for finding in diagnose(lines, BETA)] == [1, 4, 6]
+
+
+def test_an_evaluation_of_an_older_version_is_read_by_its_mean():
+    lines = [evaluation(0), evaluation(9, **{"logps/chosen": -20.3})]
+    for line in lines:
+        del line["eval/displacement"], line["eval/displacement_error"]
+    assert keys(lines) == ["displacement"]
+
+
+def test_a_loss_that_jumps_is_said_and_a_noisy_one_is_not():
+    calm = [training(i, loss=0.4 + 0.01 * (i % 2)) for i in range(1, 20)]
+    assert keys([*calm, training(20, loss=0.9)]) == ["spike"]
+    assert keys([*calm, training(20, loss=0.79)]) == []
+    noisy = [training(i, loss=0.2 + 0.4 * (i % 2)) for i in range(1, 20)]
+    assert keys([*noisy, training(20, loss=1.2)]) == []
+
+
+def test_an_accuracy_that_falls_far_is_said():
+    fallen = [training(i, **{"rewards/accuracies": 0.6}) for i in range(31, 50)]
+    found = diagnose([*steps(30), *fallen], BETA)
+    assert [finding.key for finding in found] == ["collapse"]
+    assert 31 < found[0].step <= 40
+    slightly = [training(i, **{"rewards/accuracies": 0.7}) for i in range(31, 50)]
+    assert keys([*steps(30), *slightly]) == []
+
+
 def test_every_finding_says_what_was_seen_what_it_means_and_what_to_try():
-    bad = {"kl": 50.0, "lengths/generated": 30.0, "logps/chosen": -40.0, "ranking_accuracy": 0.1}
+    bad = {"kl": 50.0, "lengths/generated": 30.0, "displacement": 2.0, "ranking_accuracy": 0.1}
     saturated = steps(20, loss=0.0, **{"rewards/accuracies": 1.0})
     evaluations = [evaluation(0, ranking_accuracy=0.1), evaluation(9, ranking_accuracy=0.1)]
     found = diagnose([*evaluations, *saturated, evaluation(20, **bad)], BETA)
@@ -134,3 +175,4 @@ def test_every_finding_says_what_was_seen_what_it_means_and_what_to_try():
 def test_every_finding_is_explained_in_the_docs():
     headings = re.findall(r"^## .*`(\w+)`", DOCS.read_text(), flags=re.MULTILINE)
     assert set(headings) >= {"saturation", "displacement", "ranking", "kl", "length_drift"}
+    assert "`spike` and `collapse`" in DOCS.read_text()

@@ -129,11 +129,12 @@ def step_gradients(settings, steps=(1, 2)):
             torch.nn.init.normal_(parameter, std=0.02)
     gradients = []
 
-    def keep_gradient(step, losses_seen):
+    def keep_gradient(seen):
         gradients.append(torch.cat([p.grad.flatten().clone() for p in run.models.trained]))
         run.optimizer.zero_grad()
+        return 1.0
 
-    run.train_step.update = keep_gradient
+    run.train_step.clip, run.train_step.update = keep_gradient, lambda step: None
     results = {}
     for step in steps:
         run.train_step(step)
