@@ -66,9 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--train.output_dir", f"{folder}/run", "--train.report_to", "none"]
         flags += ["--model.name_or_path", model] if model else []
-        run = Run(
-            parse([*flags, "--train.eval_prompts", "0", "--train.tokens_per_microbatch", "1024"])
-        )
+        run = Run(parse([*flags, "--train.tokens_per_microbatch", "1024"]))
         run.tracker.close_bar()
         run.train_step(1)
         step = iter(range(2, 100))

@@ -205,7 +205,7 @@ def deep_model(folder, layers, family="llama", **shape):
     ("family", "experts"),
     [
         ("mixtral", {"num_local_experts": 4}),
-        ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 32, "decoder_sparse_step": 1}),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
     ],
     ids=["mixtral", "qwen3_moe"],
 )
