@@ -10,7 +10,6 @@ The update is added in fp32, layer by layer, and rounded to the wanted type once
 alone would round twice: the update, and then the sum.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo.config import Config, ModelConfig
 from dpo.errors import UserError
 from dpo.model.load import dequantize, load_base
-from dpo.model.named import base_of, local_folder, save_tokenizer
+from dpo.model.named import base_of, save_config, save_tokenizer
 
 
 def load_merge_base(
@@ -126,21 +125,8 @@ def save_model(
     model.config.use_cache = True
     _untie(model)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    _keep_config(source, model, folder / "config.json")
+    save_config(source, model, folder)
     save_tokenizer(source, tokenizer, template, folder)
-
-
-def _keep_config(source: ModelConfig, model: PreTrainedModel, file: Path) -> None:
-    """Writes the base's own config.json, with what the merge has changed.
-
-    Older versions of transformers do not find in a newer one's what their own called otherwise, and
-    compute with other rotary frequencies without a word.
-    """
-    own = json.loads((local_folder(base_of(source)) / "config.json").read_text())
-    own.pop("quantization_config", None)
-    own["torch_dtype" if "torch_dtype" in own else "dtype"] = str(model.dtype).split(".")[1]
-    own |= {"tie_word_embeddings": model.config.tie_word_embeddings, "use_cache": True}
-    file.write_text(json.dumps(own, indent=2))
 
 
 def _untie(model: PreTrainedModel) -> None:

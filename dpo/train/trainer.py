@@ -36,7 +36,7 @@ from dpo.losses import PairLogps
 from dpo.metrics import RunningMeans
 from dpo.model.fingerprint import weights_digest
 from dpo.model.models import build_models
-from dpo.model.named import check_vocabulary, load_tokenizer, save_tokenizer
+from dpo.model.named import check_vocabulary, load_tokenizer, save_config, save_tokenizer
 from dpo.plan.disk import cannot_write, check_disk, written_bytes
 from dpo.plan.flops import costs
 from dpo.plan.gpus import peak_tflops
@@ -479,6 +479,8 @@ class Run:
         with written_aside(self.folder / name) as files:
             checkpoints.save_weights(self.models.policy.model, files)
             save_tokenizer(self.config.model, self.tokenizer, template, files)
+            if not self.models.policy.is_adapted:
+                save_config(self.config.model, self.models.policy.model, files)
             for name, value in (also or {}).items():
                 (files / name).write_text(json.dumps(value))
 

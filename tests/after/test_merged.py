@@ -165,6 +165,11 @@ def test_what_a_run_leaves_is_read_alike_by_transformers_4(tmp_path):
     rendered = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
     assert ids == of_final == rendered
     assert logits == pytest.approx(expected, abs=1e-4)
+    flags = ["--model.adapter", "none", "--train.output_dir", tmp_path / "full"]
+    full = run(config(tmp_path, "--model.name_or_path", base, "--train.max_steps", 1, *flags))
+    whole = transformers.AutoModelForCausalLM.from_pretrained(full / "final")
+    expected_of_full = whole(torch.tensor([ids])).logits[0, -1].tolist()
+    assert read(full / "final")[1] == pytest.approx(expected_of_full, abs=1e-4)
     merged.save_pretrained(tmp_path / "merged")  # the negative control: as transformers 5 writes it
     assert read(tmp_path / "merged")[1] != pytest.approx(expected, abs=1e-2)
 
