@@ -480,7 +480,7 @@ class Run:
             checkpoints.save_weights(self.models.policy.model, files)
             save_tokenizer(self.config.model, self.tokenizer, template, files)
             if not self.models.policy.is_adapted:
-                save_config(self.config.model, self.models.policy.model, files)
+                save_config(self.config.model, self.models.policy.model, files)  # type: ignore[arg-type]
             for name, value in (also or {}).items():
                 (files / name).write_text(json.dumps(value))
 
