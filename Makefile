@@ -33,7 +33,7 @@ test-quick: .venv/installed-dev
 
 # The slow ones and those of several processes: 70B on paper, two ranks, the quickstart, benchmarks.
 test-slow: .venv/installed-dev
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "(slow or distributed) and not browser"
+	$(BIN)/python -m pytest -n auto --dist worksteal --durations 12 -m "(slow or distributed) and not browser"
 
 # The tests that are not slow, and the compiler's, on the lower bounds of setup.cfg; other packages are pinned.
 # If no CPU build of that torch is found, pip takes one for CUDA: 3 GB.
