@@ -11,6 +11,7 @@ import argparse
 import difflib
 import errno
 import logging
+import math
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jsonargparse
 import yaml
@@ -34,6 +35,7 @@ from dpo.signals import Stopped
 _LIST_KEYS = ("--lora.target_modules", "--train.report_to")
 QUICKSTART = PACKAGE / "quickstart" / "config.yaml"
 RECIPES = PACKAGE / "recipes"
+MAX_NODES = 10_000  # of a configuration file; one with every key has 200
 # Warnings of libraries about themselves, which give a user nothing to do.
 _KNOWN_WARNINGS = (
     "`is_gradient_checkpointing` is deprecated",  # peft 0.21 reads what transformers 5.23 renamed
@@ -156,7 +158,49 @@ def _config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         given, flags = own.parse_known_args(argv)
     except argparse.ArgumentError:
         raise UserError("--config: got no file after it.") from None
-    return [word for name in given.config for word in ("--config", str(recipe_file(name)))], flags
+    files_given = [recipe_file(name) for name in given.config]
+    for file in files_given:
+        _check_yaml(file)
+    return [word for file in files_given for word in ("--config", str(file))], flags
+
+
+def _check_yaml(file: Path) -> None:
+    """Refuses what readers of YAML take in silence: a key given twice, and aliases that multiply.
+
+    Raises:
+        UserError: naming the key and its lines.
+    """
+    try:
+        root = cast(yaml.Node | None, yaml.compose(file.read_text("utf-8"), yaml.SafeLoader))  # type: ignore[reportUnknownMemberType]
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        return  # the parser says it
+    if root is not None and _size(root, {}, file) > MAX_NODES:
+        raise UserError(
+            f"{file}: with its aliases written out it has more than {MAX_NODES} values. Write it "
+            "without anchors (&)."
+        )
+
+
+def _size(node: yaml.Node, sizes: dict[int, float], file: Path) -> float:
+    """How many nodes it has once its aliases are written out; one inside itself has no end."""
+    if id(node) in sizes:
+        return sizes[id(node)]
+    sizes[id(node)] = math.inf
+    inside: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            first = lines.setdefault(str(key.value), line := key.start_mark.line + 1)
+            if first != line:
+                raise UserError(
+                    f"{file}: key {key.value} is given twice, on lines {first} and {line}. Keep "
+                    "one."
+                )
+            inside += [key, value]
+    elif isinstance(node, yaml.SequenceNode):
+        inside = list(node.value)
+    sizes[id(node)] = 1 + sum(_size(child, sizes, file) for child in inside)
+    return sizes[id(node)]
 
 
 def recipe_file(name: str) -> Path:

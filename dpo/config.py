@@ -7,6 +7,7 @@ imported where they are asked for, so that `--help` and a misspelt flag do not w
 import copy
 import inspect
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
@@ -52,6 +53,8 @@ class ModelConfig:
     """torch.compile each layer's operations between products and attention; needs a compiler."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    allow_pickle: bool = False
+    """Read weights that are no safetensors; torch's restricted reader runs no code of theirs."""
 
     @property
     def path(self) -> str:
@@ -458,10 +461,13 @@ def map_paths(config: Config, change: Callable[[str], str]) -> None:
 
 
 def _on_this_machine(path: str) -> str:
+    if "\0" in path:
+        raise UserError(f"{path!r}: got a path with a NUL in it. Correct it.")
     if "://" in path:
+        shown = re.sub("//[^/]*@", "//***@", path)  # it may hold a password
         raise UserError(
-            f"{path}: got an address, wanted a path on this machine or, for a model or data, a hub "
-            "id. Mount the store, or copy from and to it."
+            f"{shown}: got an address, wanted a path on this machine or, for a model or data, a "
+            "hub id. Mount the store, or copy from and to it."
         )
     return path
 

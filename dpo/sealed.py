@@ -64,6 +64,8 @@ def damage(folder: Path) -> str:
     if not isinstance(sums, dict) or not sums:
         return f"{manifest} is damaged"
     files = [folder / name for name in sums]
+    if outside := [file for file in files if not file.resolve().is_relative_to(folder.resolve())]:
+        return f"{outside[0]} is not inside {folder}"
     there = [file for file in files if file.is_file()]
     try:
         now = dict(zip(there, read_digests(there), strict=True))

@@ -172,6 +172,7 @@ def load_base(model: ModelConfig, device: torch.device | str) -> PreTrainedModel
         model,
         device_map={"": str(device)},
         output_loading_info=True,
+        use_safetensors=None if model.allow_pickle else True,
         **options,
     )
     if info["missing_keys"]:
@@ -205,7 +206,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         weights = load_file(folder / "adapter_model.safetensors")
         peft.set_peft_model_state_dict(model, weights, adapter_name="default")
         return
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))
     weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected
@@ -303,6 +304,13 @@ def _load_adapter(
             f"{settings.get('peft_type')} with bias {settings.get('bias')!r}, wanted LORA with "
             "bias 'none': PEFT cannot switch others off exactly, so there would be no reference. "
             "Merge it and start from the merged model."
+        )
+    is_pickle = not (adapter.folder / "adapter_model.safetensors").exists()
+    if is_pickle and not config.model.allow_pickle:
+        raise UserError(
+            f"model.allow_pickle: the adapter in {config.model.path} has no "
+            "adapter_model.safetensors. Save it as safetensors, or set this key to true: a pickle "
+            "is then read by torch's restricted reader."
         )
     loaded = peft.PeftConfig.from_pretrained(folder)
     loaded.lora_dropout = config.lora.dropout  # type: ignore[attr-defined]

@@ -202,7 +202,22 @@ def from_hub_or_disk(loader: Any, model: ModelConfig, **options: Any) -> Any:
         what = "whose files cannot be read"
         remedy = "Check that they are whole; one of a few lines may be a git LFS pointer."
     with explained(f"model.name_or_path: got {model.path!r}, {what}", remedy):
-        return loader.from_pretrained(model.path, **remote, **options)
+        try:
+            return loader.from_pretrained(model.path, **remote, **options)
+        except (OSError, ValueError) as error:
+            said = str(error)
+            if "trust_remote_code" in said and not model.trust_remote_code:
+                raise UserError(
+                    f"model.trust_remote_code: {model.path} brings Python code of its own, which "
+                    "would run here. Read it, and set this key to true if you trust it."
+                ) from None
+            if "safetensors" in said and options.get("use_safetensors"):
+                raise UserError(
+                    f"model.allow_pickle: {model.path} has no model.safetensors. Save it as "
+                    "safetensors (save_pretrained), or set this key to true: pickled weights are "
+                    "then read by torch's restricted reader."
+                ) from None
+            raise
 
 
 @contextmanager

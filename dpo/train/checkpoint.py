@@ -39,6 +39,7 @@ from dpo.run_folder import (
     read_whole,
 )
 from dpo.sealed import damage, written_aside
+from dpo.train.tree import load_tree, save_tree
 
 # They say when a run ends: with others, also a finished run goes on.
 _END_KEYS = "train.max_steps train.num_train_epochs train.patience".split()
@@ -243,7 +244,7 @@ def save_checkpoint(
     with written_aside(checkpoint) as files:
         save_weights(model, files)
         with _disk_errors():
-            torch.save(optimizer.state_dict(), files / "optimizer.pt")
+            save_tree(optimizer.state_dict(), files / "optimizer")
         (files / "state.json").write_text(json.dumps({"step": step, **asdict(identity), **state}))
         save(config, files / run_folder.CONFIG)
     written = [*filter(is_checkpoint, list_checkpoints(folder))]
@@ -263,8 +264,11 @@ def load_checkpoint(
     state = json.loads((checkpoint / "state.json").read_text())
     _check_same_run(checkpoint, state, identity)
     load_weights(checkpoint, model)
-    optimizer_state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(optimizer_state)
+    pickled = checkpoint / "optimizer.pt"  # of versions up to 0.4.0
+    if pickled.exists():
+        optimizer.load_state_dict(torch.load(pickled, map_location="cpu", weights_only=True))
+    else:
+        optimizer.load_state_dict(load_tree(checkpoint / "optimizer"))
     return state
 
 
@@ -333,13 +337,11 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 
 @contextmanager
 def _disk_errors() -> Iterator[None]:
-    """Inside, what torch and safetensors raise of a full disk becomes an OSError."""
+    """Inside, what safetensors raises of a full disk becomes an OSError."""
     try:
         yield
     except SafetensorError as error:
         raise OSError(0, str(error)) from None
-    except RuntimeError as error:  # "unexpected pos 64 vs 0", of torch's archive
-        raise OSError(0, str(error).splitlines()[0]) from None
 
 
 def _check_finished(config: Config, folder: Path, *, has_checkpoint: bool) -> None:

@@ -125,6 +125,10 @@ def _remarks(
             "the CPU trains, not Apple's GPU (MPS): nothing here is tested on it, and it lacks the "
             "float64 in which metrics are summed"
         )
+    if config.model.trust_remote_code:
+        remarks.append("model.trust_remote_code: the model's own Python code runs here")
+    if config.model.allow_pickle:
+        remarks.append("model.allow_pickle: weights may be read from pickles, without their code")
     if config.model.quantization == "int8":
         remarks.append("int8 layers compute in float16, whatever model.dtype is")
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

@@ -1,0 +1,227 @@
+"""What others have written is data: no code of theirs runs, no path of theirs is followed."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from dpo import sealed
+from dpo.cli import parse
+from dpo.errors import UserError
+from dpo.model.load import load_policy
+from dpo.model.named import load_tokenizer
+from dpo.train.tree import load_tree, save_tree
+from tests.models import QUICKSTART_MODEL
+from tests.train.runs import adapter_folder, config, run, training
+
+
+class Exploit:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.fixture
+def pickled(tmp_path):
+    """The packaged model with pickled weights, as older checkpoints have them."""
+    folder = shutil.copytree(QUICKSTART_MODEL, tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def test_pickled_weights_are_refused_by_the_key_that_allows_them(pickled, tmp_path):
+    settings = config(tmp_path, "--model.name_or_path", pickled)
+    with pytest.raises(UserError, match=r"model.allow_pickle: .*/model has no model.safetensors"):
+        load_policy(settings, "cpu")
+    settings.model.allow_pickle = True
+    ours = load_policy(settings, "cpu").model.get_input_embeddings().weight
+    theirs = load_file(Path(QUICKSTART_MODEL, "model.safetensors"))["model.embed_tokens.weight"]
+    assert torch.equal(ours, theirs)
+
+
+def test_a_pickle_runs_no_code_where_it_is_allowed(pickled, tmp_path):
+    torch.save({"a": Exploit(tmp_path / "ran")}, pickled / "pytorch_model.bin")
+    torch.load(pickled / "pytorch_model.bin", weights_only=False)  # the negative control
+    assert (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink()
+    settings = config(tmp_path, "--model.name_or_path", pickled, "--model.allow_pickle", "true")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_policy(settings, "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickled_adapter_is_refused_by_the_same_key(tmp_path):
+    folder = adapter_folder(tmp_path)
+    weights = load_file(folder / "adapter_model.safetensors")
+    torch.save(weights, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    settings = config(tmp_path, "--model.name_or_path", folder)
+    with pytest.raises(UserError, match=r"model.allow_pickle: the adapter in .*/sft has no"):
+        load_policy(settings, "cpu")
+    settings.model.allow_pickle = True
+    model = load_policy(settings, "cpu").model
+    name = next(name for name in weights if "q_proj.lora_B" in name)
+    live = dict(model.named_parameters())[name.replace(".weight", ".default.weight")]
+    assert torch.equal(live, weights[name])
+
+
+def test_code_that_comes_with_a_model_is_refused_by_the_key_that_allows_it(tmp_path):
+    folder = shutil.copytree(QUICKSTART_MODEL, tmp_path / "model")
+    shape = json.loads((folder / "config.json").read_text())
+    shape |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(shape))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    settings = config(tmp_path, "--model.name_or_path", folder)
+    with pytest.raises(UserError, match=r"model.trust_remote_code: .* brings Python code"):
+        load_policy(settings, "cpu")
+    assert not (tmp_path / "ran").exists()
+    load_tokenizer(replace(settings.model, name_or_path=str(QUICKSTART_MODEL)))
+
+
+def test_that_such_code_may_run_is_said(tmp_path):
+    folder = run(config(tmp_path, "--model.trust_remote_code", "true", "--train.max_steps", 1))
+    header = (folder / "header.txt").read_text()
+    assert "note: model.trust_remote_code: the model's own Python code runs here" in header
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+@pytest.mark.parametrize("name", ["adamw", "paged_adamw_32bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_optimizers_state_survives_without_a_pickle(name, dtype, tmp_path):
+    """Half-precision weights keep fp32 copies, each with an optimizer of its own."""
+    flags = ["--optim.name", name, "--model.dtype", dtype, "--train.save_steps", 2]
+    straight = run(config(tmp_path, *flags))
+    kept = {path.name for path in (straight / "checkpoint-2").rglob("*") if path.is_file()}
+    assert kept >= {"tree.json", "tensors.safetensors"}
+    assert not any(name.endswith((".pt", ".bin", ".pkl")) for name in kept)
+    on = ["--train.resume", straight / "checkpoint-2", "--train.output_dir", tmp_path / "on"]
+    resumed = run(config(tmp_path, *flags, *on))
+    assert training(resumed)[-1] == training(straight)[-1]
+    ours, theirs = (f / "final" / "adapter_model.safetensors" for f in (resumed, straight))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_checkpoint_of_an_older_version_is_still_read(tmp_path):
+    straight = run(config(tmp_path, "--train.save_steps", 2))
+    checkpoint = straight / "checkpoint-2"
+    torch.save(load_tree(checkpoint / "optimizer"), checkpoint / "optimizer.pt")
+    shutil.rmtree(checkpoint / "optimizer")
+    sealed.seal(checkpoint)
+    on = ["--train.resume", checkpoint, "--train.output_dir", tmp_path / "on"]
+    resumed = run(config(tmp_path, "--train.save_steps", 2, *on))
+    assert training(resumed)[-1] == training(straight)[-1]
+
+
+def test_an_older_checkpoint_runs_no_code(tmp_path):
+    straight = run(config(tmp_path, "--train.save_steps", 2))
+    checkpoint = straight / "checkpoint-2"
+    torch.save(Exploit(tmp_path / "ran"), checkpoint / "optimizer.pt")
+    sealed.seal(checkpoint)
+    on = ["--train.resume", checkpoint, "--train.output_dir", tmp_path / "on"]
+    with pytest.raises(Exception, match="Weights only load failed"):
+        run(config(tmp_path, "--train.save_steps", 2, *on))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tree_comes_back_as_it_was(tmp_path):
+    shared = torch.arange(3.0)
+    tree = {0: {"a": shared, "b": [shared, None, 1.5, "x"]}, "lists": [[], {}, (1, 2)], "n": True}
+    save_tree(tree, tmp_path / "tree")
+    back = load_tree(tmp_path / "tree")
+    assert torch.equal(back[0]["a"], shared)
+    assert torch.equal(back[0]["b"][0], shared)
+    assert (back[0]["b"][1:], back["lists"], back["n"]) == (
+        [None, 1.5, "x"],
+        [[], {}, [1, 2]],
+        True,
+    )
+    with pytest.raises(TypeError):
+        save_tree({"a": object()}, tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname"])
+def test_a_manifest_names_nothing_outside_its_folder(name, tmp_path):
+    (tmp_path / "outside").write_text("x")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "inside").write_text("x")
+    sealed.seal(folder)
+    sums = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(
+        json.dumps(sums | {name: sealed.sha256(tmp_path / "outside")})
+    )
+    assert "is not inside" in sealed.damage(folder)
+
+
+def test_a_link_that_leads_out_of_a_checkpoint_is_damage(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "inside").write_text("x")
+    sealed.seal(folder)
+    assert sealed.damage(folder) == ""
+    shutil.move(folder / "inside", tmp_path / "moved")
+    (folder / "inside").symlink_to(tmp_path / "moved")
+    assert "is not inside" in sealed.damage(folder)
+
+
+# ---------------------------------------------------------------------------------- configurations
+
+
+def yaml_file(tmp_path, text):
+    file = tmp_path / "given.yaml"
+    file.write_text(text)
+    return ["--config", str(file)]
+
+
+def test_a_key_that_is_given_twice_is_refused_with_its_lines(tmp_path):
+    given = yaml_file(tmp_path, "loss:\n  beta: 0.1\noptim:\n  name: adamw\nloss:\n  beta: 0.3\n")
+    with pytest.raises(UserError, match=r"given.yaml: key loss is given twice, on lines 1 and 5"):
+        parse(given)
+    inside = yaml_file(tmp_path, "loss:\n  beta: 0.1\n  beta: 0.3\n")
+    with pytest.raises(UserError, match=r"key beta is given twice, on lines 2 and 3"):
+        parse(inside)
+
+
+def test_aliases_that_multiply_are_refused_at_once(tmp_path):
+    """Ten times ten, nine times over: a thousand million values in 500 bytes."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    with pytest.raises(UserError, match=r"more than 10000 values. Write it without anchors"):
+        parse(yaml_file(tmp_path, "\n".join(lines)))
+    with pytest.raises(UserError, match="more than 10000 values"):
+        parse(yaml_file(tmp_path, "loss: &x\n  beta: *x\n"))
+
+
+def test_a_few_aliases_are_fine(tmp_path):
+    text = "train:\n  eval_steps: &n 7\n  save_steps: *n\n"
+    assert parse(yaml_file(tmp_path, text)).train.save_steps == 7
+
+
+def test_a_path_with_a_nul_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"got a path with a NUL in it"):
+        parse(["--train.output_dir", "runs/\0x"])
+
+
+def test_a_password_in_an_address_is_not_printed():
+    with pytest.raises(UserError) as refused:
+        parse(["--data.name_or_path", "https://me:secret@host/rows.jsonl"])
+    assert "secret" not in str(refused.value)
+    assert "https://***@host/rows.jsonl" in str(refused.value)
+
+
+def test_transformers_still_has_the_switch():
+    """Where it goes, so would the refusal of pickles."""
+    assert "use_safetensors" in transformers.PreTrainedModel.from_pretrained.__doc__
