@@ -9,7 +9,7 @@ LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dyna
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: train article test test-quick test-slow test-oldest test-browser chaos check clean
+.PHONY: train article test test-quick test-slow test-oldest test-browser chaos fuzz check clean
 
 train: .venv/installed
 	$(BIN)/accelerate launch $(LAUNCH) scripts/train.py
@@ -47,6 +47,10 @@ test-oldest: $(OLDEST)/installed
 N ?= 100
 chaos: .venv/installed-dev
 	CHAOS_KILLS=$(N) $(BIN)/python -m pytest tests/chaos
+
+# Mutates so many rows, and a tenth of it configurations: each is read, dropped or refused by its place.
+fuzz: .venv/installed-dev
+	FUZZ=$(N) $(BIN)/python -m pytest tests/fuzz
 
 # The report in Debian's Chromium, which is installed if it is missing; a skip is a failure here.
 test-browser: .venv/installed-dev

@@ -89,7 +89,7 @@ def read_flags(parser: Parser, argv: Sequence[str]) -> Any:
     """
     try:
         return parser.parse_args(argv)
-    except (jsonargparse.ArgumentError, UnicodeDecodeError) as error:
+    except (jsonargparse.ArgumentError, ValueError) as error:  # a NUL, bytes that are no text
         raise UserError(_explain(str(error), parser)) from None
 
 

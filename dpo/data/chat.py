@@ -27,6 +27,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from dpo.data.audit import Audit, RowName
+from dpo.data.bounded import CHARACTERS, SECONDS, in_time
 from dpo.data.encoding import Encoder
 from dpo.data.formats import IM_START, SYSTEM_ROLES, Message, Preference, RowError
 from dpo.data.limits import Limits
@@ -103,6 +104,7 @@ class ChatTokenizer:
             try:
                 preference = self._with_arguments(given)
                 texts = self._texts(preference)
+                _require_unicode(texts)
                 self._require_written(preference, texts)
                 rendered.append((row, preference, texts))
             except RowError as error:
@@ -170,17 +172,31 @@ class ChatTokenizer:
         elif continued:
             how["continue_final_message"] = True
         try:
-            return self._tokenizer.apply_chat_template(
-                turns,
-                tools=preference.tools,  # type: ignore[arg-type]
-                chat_template=self._template,
-                add_generation_prompt=asks and not how.get("continue_final_message"),
-                **(preference.template_arguments or {}),
-                **how,
-            )
+            with in_time():
+                rendered = self._tokenizer.apply_chat_template(
+                    turns,
+                    tools=preference.tools,  # type: ignore[arg-type]
+                    chat_template=self._template,
+                    add_generation_prompt=asks and not how.get("continue_final_message"),
+                    **(preference.template_arguments or {}),
+                    **how,
+                )
+            if len(rendered) > CHARACTERS:
+                raise MemoryError
+            return rendered
         except jinja2.TemplateSyntaxError as error:
             problem = f"{error} (line {error.lineno} of the template)"
             raise UserError(f"data.chat_template: {problem}. Correct the template.") from None
+        except (MemoryError, TimeoutError) as error:
+            what = f"{SECONDS} s" if isinstance(error, TimeoutError) else "the memory it may"
+            raise UserError(
+                f"data.chat_template: the template takes more than {what} for one conversation. "
+                "Correct it."
+            ) from None
+        except (ArithmeticError, AttributeError, LookupError, RecursionError) as error:
+            raise RowError(
+                f"the template fails on it: {type(error).__name__}: {error}", ""
+            ) from None
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise RowError(f"the template refuses it: {error}", "") from None
 
@@ -371,6 +387,14 @@ def _asked(*answer: Message) -> Preference:
     """A question to try a template on."""
     prompt = [{"role": "user", "content": "a"}]
     return Preference(kind="messages", prompt=prompt, chosen=list(answer), rejected=[])
+
+
+def _require_unicode(texts: Sequence[str]) -> None:
+    """Refuses half a surrogate pair, which JSON can hold and no tokenizer can read."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise RowError("half a surrogate pair in its text", "") from None
 
 
 def _is_continued(preference: Preference) -> bool:

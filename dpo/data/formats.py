@@ -411,11 +411,21 @@ def _messages(
         if lost := next((key for key in turn if key in _PARTS and turn[key]), None):
             raise _MisshapenError(f"a message of {name!r} holds {lost!r}, which is not read")
         extra = {key: turn[key] for key in MESSAGE_KEYS if turn.get(key)}
+        if not _are_calls(extra.get("tool_calls", [])):
+            wanted = "wanted a list of objects, a function in each"
+            raise _MisshapenError(f"a message of {name!r} holds misshapen 'tool_calls', {wanted}")
         if turn.get("reasoning"):
             extra.setdefault("reasoning_content", _content(turn["reasoning"], name))
         content = _content(turn.get(content_key), name)
         messages.append(_message(turn[role_key], content) | extra)
     return messages
+
+
+def _are_calls(calls: object) -> bool:
+    """Whether it is a list of calls: `{"function": {...}}`, or the function itself."""
+    return _is_list(calls) and all(
+        _is_object(call) and _is_object(call.get("function") or {}) for call in calls
+    )
 
 
 def _message(role: str, content: str) -> Message:
@@ -432,7 +442,7 @@ def _content(value: object, name: str) -> str:
     if not _is_list(value):
         raise _MisshapenError(f"a message of {name!r} holds {type(value).__name__}, wanted text")
     texts = [part.get("text") for part in value if _is_object(part) and part.get("type") == "text"]
-    if len(texts) < len(value):
+    if len(texts) < len(value) or not all(isinstance(text, str | None) for text in texts):
         raise RowError("not text", f"a message of {name!r} holds a part that is not text")
     return "".join(text or "" for text in texts)
 

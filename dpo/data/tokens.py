@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.config import DataConfig
 from dpo.data.audit import Audit
+from dpo.data.bounded import in_memory
 from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer
 from dpo.data.files import cache_folder, digest
 from dpo.data.formats import Preference, RawRow, RowError, to_preference, unread_columns
@@ -180,7 +181,8 @@ def _tokenize(
     """A worker's task. If several rows are bad, the error names the first."""
     (name, unit), broken = where, batch.broken
     audit, preferences = Audit(), []
-    chat = ChatTokenizer(tokenizer, template, limits, audit)
+    with in_memory():
+        chat = ChatTokenizer(tokenizer, template, limits, audit)
     for number, value in batch.rows:
         try:
             if preference := read_row(number, value, format, f"{name}, {unit} {number}", audit):
@@ -189,7 +191,8 @@ def _tokenize(
             broken = error
             break
     try:
-        made = list(chat.tokenize_prompts(preferences))
+        with in_memory():
+            made = list(chat.tokenize_prompts(preferences))
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     if broken:
