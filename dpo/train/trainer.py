@@ -10,34 +10,28 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpo import run_folder, signals
 from dpo.catalogue import is_better
-from dpo.cli import save
 from dpo.config import Config
 from dpo.data.files import use_a_writable_cache
 from dpo.data.loader import PreferenceData, load_data
 from dpo.data.order import Order, is_due
-from dpo.data.templates import template_to_save
-from dpo.data.tokens import template_digest
 from dpo.errors import RefusedRowsError, UserError
 from dpo.evaluate.diagnostics import Watch
 from dpo.evaluate.evaluator import Evaluation, Evaluator
-from dpo.evaluate.token_rewards import rewards_to_show
 from dpo.losses import PairLogps
 from dpo.metrics import RunningMeans
-from dpo.model.fingerprint import weights_digest
 from dpo.model.models import build_models
-from dpo.model.named import check_vocabulary, load_tokenizer, save_config, save_tokenizer
-from dpo.plan.disk import cannot_write, check_disk, written_bytes
+from dpo.model.named import check_vocabulary, load_tokenizer
+from dpo.plan.disk import check_disk
 from dpo.plan.flops import costs
 from dpo.plan.gpus import peak_tflops
 from dpo.plan.plan import time_on_this_cpu
@@ -48,15 +42,14 @@ from dpo.ranks import (
     smallest_over_ranks,
     sum_over_ranks,
 )
-from dpo.report.page import write_report
-from dpo.run_folder import checkpoint_name, list_checkpoints
-from dpo.sealed import written_aside
+from dpo.run_folder import checkpoint_name
 from dpo.train import checkpoint as checkpoints
 from dpo.train.budget import load_policy_to_fit, probe_pairs, settle_day, settle_dtype, token_budget
 from dpo.train.header import header
 from dpo.train.launch import build_accelerator, launcher_notes
 from dpo.train.nonfinite import NotFiniteError, keep_findings
 from dpo.train.optim import build_optimizer
+from dpo.train.output import Output
 from dpo.train.peers import watched
 from dpo.train.selfcheck import check_start, shortest_pairs
 from dpo.train.step import TrainStep
@@ -64,9 +57,7 @@ from dpo.train.throughput import LoggingInterval, Stopwatch
 from dpo.train.tracking import (
     Tracker,
     check_trackers,
-    closing_table,
     device_name,
-    side_by_side,
 )
 
 
@@ -137,6 +128,9 @@ class Run:
         self.optimizer = accelerator.prepare(
             build_optimizer(policy.model, config.optim), device_placement=[False]
         )
+        watch = Watch(config.loss.beta if models.reference.mode != "zero" else None)
+        self.tracker = Tracker(accelerator, self.folder, watch)
+        self.output = Output(config, models, data, self.tokenizer, self.tracker, device)
         # The reference is what the policy was at step 0, so a checkpoint is loaded only now.
         state = {}
         if resume_from:
@@ -156,12 +150,9 @@ class Run:
             config, accelerator, models, probe, data.train.longest_in_files, state
         )
 
-        self._sizes = written_bytes(config, models.trained)
-        on_main(accelerator, lambda: check_disk(config, self._sizes, order))
+        on_main(accelerator, lambda: check_disk(config, self.output.sizes, order))
         # Nothing is written before this line: until here, the configuration may prove wrong.
-        watch = Watch(config.loss.beta if models.reference.mode != "zero" else None)
-        self.tracker = Tracker(accelerator, self.folder, watch)
-        about = header(
+        self.output.about = header(
             config,
             accelerator,
             models,
@@ -172,12 +163,11 @@ class Run:
             planned=planned,
             time=time,
         )
-        self._about = about
         if accelerator.is_main_process:
             checkpoints.prepare_run_folder(self.folder, resume_from)
             self.tracker.rewind(self.start_step)
-            self._write_start()
-        self.tracker.say(about)
+            self.output.start()
+        self.tracker.say(self.output.about)
         self.tracker.start(config, self.start_step, order.num_steps)
 
         peak = config.train.peak_tflops or peak_tflops(device_name(device))
@@ -219,23 +209,6 @@ class Run:
         if time and self.accelerator.is_main_process:
             print(time, file=sys.stderr)
         return time
-
-    def _write_start(self) -> None:
-        """Writes what is known of the run before its first step."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save(self.config, self.folder / run_folder.CONFIG)
-        report = json.dumps(self.data.report, indent=1)
-        (self.folder / run_folder.DATA_REPORT).write_text(report)
-        (self.folder / run_folder.HEADER).write_text(self._about + "\n")
-        some, kind = self.data.some_pairs(run_folder.NUM_PAIRS)
-        kept = ({"kind": kind, **asdict(pair)} for pair in some)
-        run_folder.write_lines(self.folder / run_folder.PAIRS, kept)
-        digests = {
-            "weights": self._weights,
-            "template": template_digest(self.tokenizer, self.config.data),
-            "data": self.data.digest,
-        }
-        (self.folder / run_folder.DIGESTS).write_text(json.dumps(digests))
 
     def check_start(self) -> None:
         """Refuses to train on numbers that cannot be trusted, see `dpo.train.selfcheck`."""
@@ -341,7 +314,7 @@ class Run:
             state,
         )
         name = checkpoint_name(step)
-        problem = on_main(self.accelerator, lambda: self._try(name, write))
+        problem = on_main(self.accelerator, lambda: self.output.attempt(name, write))
         self.interval.restart_clock()
         return problem
 
@@ -349,16 +322,6 @@ class Run:
         """Writes `checkpoint-{step}`; without room for it, training goes on."""
         if problem := self.save(step):
             self.tracker.say(f"{problem} Older ones are as they were; training goes on.")
-
-    def _try(self, name: str, write: Callable[[], object]) -> str:
-        """Writes into the run folder; says what prevented it, "" if nothing did."""
-        try:
-            if not run_folder.is_run(self.folder):  # someone has deleted it
-                self._write_start()
-            write()
-            return ""
-        except OSError as error:
-            return cannot_write(self.folder / name, error, self._sizes[name.split("-")[0]])
 
     def stop_if_asked(self, step: int) -> None:
         """Saves and stops if a signal has asked any rank to; every rank must call.
@@ -374,7 +337,7 @@ class Run:
             said = f"stopped after step {step}, which is saved in {checkpoint_name(step)}"
         is_new = step > self.start_step and not (self.folder / checkpoint_name(step)).exists()
         if on_main(self.accelerator, lambda: is_new) and (problem := self.save(step)):
-            raise UserError(f"{signals.name(number)}: {problem} {self._go_on()}")
+            raise UserError(f"{signals.name(number)}: {problem} {self.output.way_on()}")
         self.tracker.close()
         run_folder.unlock(self.folder)
         auto = "" if self.config.train.resume == "auto" else " with --train.resume auto"
@@ -396,40 +359,24 @@ class Run:
             UserError: they cannot be written.
         """
         self.share_reference()
-        on_main(self.accelerator, self._write_end)
+        on_main(self.accelerator, lambda: self.output.end(self._stopped_early()))
         self.tracker.close()
         if self.accelerator.is_main_process and self.config.train.write_report:
-            self._write_report()
+            self.output.report()
         run_folder.unlock(self.folder)
         return self.folder
 
-    def _write_end(self) -> None:
-        """What `finish` says, on the main process."""
-        if problem := self._try(run_folder.FINAL, partial(self._save_weights, run_folder.FINAL)):
-            raise UserError(f"{problem} {self._go_on()}")
-        self.tracker.close_bar()
-        evaluations = self.tracker.evaluations()
-        after = evaluations[-1] if evaluations else {}
-        before = next((line for line in evaluations if line["step"] == 0), {})  # or its log is lost
-        summary: dict[str, Any] = {"before": before, "after": after}
-        last_step = after.get("step", self.start_step)
-        if self.is_out_of_patience and last_step < self.order.num_steps:
-            summary["stopped"] = self._note_early_stop(last_step)
-        tokens = self._token_rewards()
-        (self.folder / run_folder.TOKEN_REWARDS).write_text(json.dumps(tokens, indent=1))
-        (self.folder / run_folder.SUMMARY).write_text(json.dumps(summary, indent=1))
-        if before:
-            old, new = (self.tracker.samples_at(line["step"]) for line in (before, after))
-            print(f"\n{closing_table(before, after)}\n\n{side_by_side(old, new)}")
-        if about_cache := self.models.reference.summary():
-            print(about_cache)
-        print(f"The trained model is in {self.folder / run_folder.FINAL}.")
-
-    def _go_on(self) -> str:
-        """How to go on after a full disk, in words."""
-        there = [path.name for path in list_checkpoints(self.folder)]
-        start = there[-1] if there else "the start"
-        return f"Free some space; the same command then goes on from {start} (train.resume auto)."
+    def _stopped_early(self) -> str:
+        """Why the run ends before its last step, in words; "" if it does not."""
+        steps = [line["step"] for line in self.tracker.evaluations()]
+        last = max([self.start_step, *steps])
+        if not self.is_out_of_patience or last == self.order.num_steps:
+            return ""
+        return (
+            f"stopped after step {last} of {self.order.num_steps} (train.patience): no better "
+            f"{self.config.train.metric_for_best_model} in {self.misses} evaluations in a row; "
+            f"the best weights are in {run_folder.BEST}/"
+        )
 
     @cached_property
     def identity(self) -> checkpoints.Identity:
@@ -438,14 +385,9 @@ class Run:
         return checkpoints.Identity(
             pairs_per_step=self.order.pairs_per_step,
             data=self.data.train.digest,
-            weights=on_main(self.accelerator, lambda: self._weights),
+            weights=on_main(self.accelerator, lambda: self.output.weights_before),
             reference_logps=self.models.reference.peek(stream).tolist(),
         )
-
-    @cached_property
-    def _weights(self) -> str:
-        """Digest of the model's files; every file is read, so the main process asks alone."""
-        return weights_digest(self.config.model)
 
     @property
     def _sum(self) -> Callable[[Tensor], Tensor]:
@@ -466,65 +408,8 @@ class Run:
         if name in self.best and not is_better(name, metrics[name], self.best[name]):
             return self.misses + 1
         best = {"step": step, name: metrics[name]}
-        write = partial(self._save_weights, run_folder.BEST, {run_folder.BEST_METRIC: best})
-        if problem := self._try(run_folder.BEST, write):
+        if problem := self.output.weights(run_folder.BEST, {run_folder.BEST_METRIC: best}):
             self.tracker.say(f"{problem} It stays what it was; training goes on.")
         else:
             self.best = best
         return 0
-
-    def _save_weights(self, name: str, also: dict[str, Any] | None = None) -> None:
-        """Writes weights, tokenizer and some JSON files, in place of what the folder was."""
-        template = template_to_save(self.tokenizer, self.config.data)
-        with written_aside(self.folder / name) as files:
-            checkpoints.save_weights(self.models.policy.model, files)
-            save_tokenizer(self.config.model, self.tokenizer, template, files)
-            if not self.models.policy.is_adapted:
-                save_config(self.config.model, self.models.policy.model, files)  # type: ignore[arg-type]
-            for name, value in (also or {}).items():
-                (files / name).write_text(json.dumps(value))
-
-    def _note_early_stop(self, step: int) -> str:
-        """Says that the run stopped early and why, and notes it in the header."""
-        said = (
-            f"stopped after step {step} of {self.order.num_steps} (train.patience): no better "
-            f"{self.config.train.metric_for_best_model} in {self.misses} evaluations in a row; "
-            f"the best weights are in {run_folder.BEST}/"
-        )
-        self.tracker.say(said)
-        with (self.folder / run_folder.HEADER).open("a") as file:
-            file.write(f"note: {said}\n")
-        return said
-
-    def _write_report(self) -> None:
-        """Writes the report; all else is saved by now, so a failure is told and fails no run.
-
-        Raises:
-            Stopped: a signal came before it was written.
-        """
-        later = f"The run is complete; dpo report {self.folder} writes it later."
-        try:
-            with signals.at_once():
-                print(f"The report is in {write_report(self.folder)}.")
-        except signals.Stopped as stop:
-            said = f"{signals.name(stop.number)}: stopped before the report was written. {later}"
-            raise signals.Stopped(stop.number, said) from None
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"The report could not be written ({reason}). {later}", file=sys.stderr)
-
-    def _token_rewards(self) -> list[dict[str, Any]]:
-        """Some held-out pairs, token by token, under the weights as they are now."""
-        logps = self.tracker.last_held_out()
-        if logps is None:
-            return []
-        self.models.scorer.eval()
-        return rewards_to_show(
-            self.data.held_out,
-            logps,
-            self.models.scorer,
-            self.models.reference,
-            self.tokenizer,
-            beta=self.config.loss.beta,
-            device=self.accelerator.device,
-        )

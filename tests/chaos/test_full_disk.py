@@ -18,10 +18,10 @@ from dpo.errors import UserError
 from dpo.model.logp_cache import LogpCache
 from dpo.plan import disk
 from dpo.train import checkpoint as checkpoints
-from dpo.train import tracking
+from dpo.train import output, tracking
 from dpo.train import trainer as trainers
+from dpo.train.output import Output
 from dpo.train.tracking import Tracker
-from dpo.train.trainer import Run
 from tests.chaos.runs import outcome, settings, straight_run
 from tests.commands import called
 from tests.train.runs import run
@@ -97,7 +97,7 @@ def test_a_log_that_cannot_be_written_to_the_end_is_an_error(tmp_path, monkeypat
 
 
 def test_best_stays_what_it_was(tmp_path, straight, monkeypatch, capsys):
-    during(monkeypatch, checkpoints, "save_weights", 3)  # best of step 2, checkpoint-3, best of 4
+    during(monkeypatch, output, "save_weights", 2)  # of step 4
     folder = run(settings(tmp_path))
     assert "run/best cannot be written (" in (said := capsys.readouterr().err)
     assert "It stays what it was; training goes on." in said
@@ -107,14 +107,14 @@ def test_best_stays_what_it_was(tmp_path, straight, monkeypatch, capsys):
 
 def test_a_final_save_that_fails_can_be_repeated(tmp_path, straight, monkeypatch):
     with monkeypatch.context() as patch:
-        during(patch, Run, "_write_end", 1)
+        during(patch, Output, "end", 1)
         with pytest.raises(UserError, match=r"final cannot be written .*on from checkpoint-3"):
             run(settings(tmp_path))
     assert outcome(run(settings(tmp_path))) == straight
 
 
 def test_a_report_that_cannot_be_written_fails_no_run(tmp_path, straight, monkeypatch, capsys):
-    during(monkeypatch, trainers, "write_report", 1)
+    during(monkeypatch, output, "write_report", 1)
     folder = run(settings(tmp_path, "--train.write_report", "true"))
     assert "The run is complete; dpo report" in capsys.readouterr().err
     assert outcome(folder) == straight
@@ -229,7 +229,7 @@ def test_on_a_small_disk(small_disk, tmp_path, straight, monkeypatch):
 
 
 def test_other_files_without_room_are_one_message_too(tmp_path, monkeypatch):
-    during(monkeypatch, trainers, "save", 1)
+    during(monkeypatch, output, "save", 1)
     code, _, said = called("train.py", "--train.output_dir", tmp_path / "run")
     assert code == 2
     assert "Traceback" not in said

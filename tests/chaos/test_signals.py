@@ -14,6 +14,7 @@ from dpo.evaluate import evaluator
 from dpo.evaluate.evaluator import Evaluator
 from dpo.signals import Stopped, at_once, deferred
 from dpo.train import checkpoint as checkpoints
+from dpo.train import output
 from dpo.train import trainer as trainers
 from dpo.train.step import TrainStep
 from tests.chaos.runs import FLAGS, outcome, settings, straight_run
@@ -30,11 +31,11 @@ PHASES = {
     "step that is evaluated": (TrainStep, "backward", 2, "checkpoint-2"),
     "evaluation": (Evaluator, "_score_held_out", 2, "checkpoint-2"),
     "generation": (evaluator, "generate", 3, "checkpoint-2"),
-    "best weights": (checkpoints, "save_weights", 1, "checkpoint-2"),
+    "best weights": (output, "save_weights", 1, "checkpoint-2"),
     "checkpoint": (checkpoints, "save_checkpoint", 1, "checkpoint-3"),
     "last step": (TrainStep, "backward", 5, "checkpoint-5"),
     "last evaluation": (Evaluator, "_score_held_out", 4, "checkpoint-5"),
-    "report": (trainers, "write_report", 1, "the run is complete"),
+    "report": (output, "write_report", 1, "the run is complete"),
 }
 
 
