@@ -339,10 +339,11 @@ def run_command(main: Callable[[], object], stopped: str = "stopped") -> None:
     try:
         main()
     except UserError as error:
+        signals.leave()
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # the launcher stops us when the first rank has left, and has said it
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2)
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
@@ -351,9 +352,22 @@ def run_command(main: Callable[[], object], stopped: str = "stopped") -> None:
             "another disk.",
             file=sys.stderr,
         )
-        sys.exit(2)
+        _exit(2)
     except KeyboardInterrupt as interrupt:
         stop = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
         if os.environ.get("RANK", "0") == "0":
             print(stop.said or stopped, file=sys.stderr)
-        sys.exit(stop.exit_code)
+        _exit(stop.exit_code)
+
+
+def _exit(code: int) -> None:
+    """Leaves; one of several processes at once, without taking apart what it has built.
+
+    To free a process group, Python's lock is held while gloo's threads end, and they may want it.
+    """
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

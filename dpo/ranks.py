@@ -38,6 +38,16 @@ def main_first(accelerator: Accelerator, do: Callable[[], T]) -> T:
     return done[0] if done else do()
 
 
+def end_processes(accelerator: Accelerator) -> None:
+    """Ends trackers and the process group; every rank must call.
+
+    Gloo's threads still drop the tensors of the last exchange, for which they need Python's lock,
+    while the group is torn down, which holds it and waits for them. A barrier has no tensors.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 def smallest_over_ranks(accelerator: Accelerator, number: int) -> int:
     """The smallest of the numbers that all ranks give."""
     if accelerator.num_processes == 1:

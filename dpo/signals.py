@@ -50,6 +50,11 @@ def listen() -> None:
             signal.signal(number, _on_signal)
 
 
+def leave() -> None:
+    """From here on, any signal ends the process there and then: it is on its way out."""
+    _State.asked, _State.asked_at = _State.asked or signal.SIGTERM, -REPEATED
+
+
 def asked() -> int:
     """The number of the signal that has asked this process to stop; 0 if none has."""
     if _State.launcher not in (None, os.getppid()):

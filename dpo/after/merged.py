@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.config import Config, ModelConfig
 from dpo.errors import UserError
-from dpo.model.load import dequantize, load_base
-from dpo.model.named import base_of, save_config, save_tokenizer
+from dpo.model.load import dequantize, load_base, save_config
+from dpo.model.named import base_of, save_tokenizer
 
 
 def load_merge_base(

@@ -71,7 +71,7 @@ def launch(command: str, argv: Sequence[str], num_processes: int, config: Config
     # The processes say what went wrong; the launcher would add a page about its own part.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # After a signal the processes finish a step and save it, for which 30 s can be too short.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     words = ["--multi_gpu", "--num_processes", str(num_processes), *_LAUNCHER, command, *flags]
     try:
         launch_command(launch_command_parser().parse_args(words))

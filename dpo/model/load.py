@@ -7,6 +7,7 @@ Left out on purpose: PEFT's `prepare_model_for_kbit_training`. It upcasts the he
 embeddings to fp32, which costs memory; our head accumulates in fp32 whatever its weights are.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from dpo.model.named import (
     explained,
     from_hub_or_disk,
     load_shape,
+    local_folder,
 )
 
 REFERENCE_ADAPTER = "reference"  # the frozen copy of an adapter that the policy starts from
@@ -196,6 +198,19 @@ def dequantize(base: PreTrainedModel) -> PreTrainedModel:
     base.__dict__.pop("_weight_conversions", None)  # from 4 bits in the files: not the way back
     transformers_logging.set_verbosity(verbosity)
     return base
+
+
+def save_config(model: ModelConfig, trained: PreTrainedModel, folder: Path) -> None:
+    """Writes the base's own config.json, with what training or a merge has changed.
+
+    Older versions of transformers do not find in a newer one's what their own called otherwise, and
+    compute with other rotary frequencies without a word.
+    """
+    own = json.loads((local_folder(base_of(model)) / "config.json").read_text())
+    own.pop("quantization_config", None)
+    own["torch_dtype" if "torch_dtype" in own else "dtype"] = str(trained.dtype).split(".")[1]
+    own |= {"tie_word_embeddings": trained.config.tie_word_embeddings, "use_cache": True}
+    (folder / "config.json").write_text(json.dumps(own, indent=2))
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:

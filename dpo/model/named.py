@@ -12,13 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from dpo.config import ModelConfig
@@ -65,19 +59,6 @@ def save_tokenizer(
             shutil.copyfile(file, folder / file.name)
     if template is not None and template != tokenizer.chat_template:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def save_config(model: ModelConfig, trained: PreTrainedModel, folder: Path) -> None:
-    """Writes the base's own config.json, with what training or a merge has changed.
-
-    Older versions of transformers do not find in a newer one's what their own called otherwise, and
-    compute with other rotary frequencies without a word.
-    """
-    own = json.loads((local_folder(base_of(model)) / "config.json").read_text())
-    own.pop("quantization_config", None)
-    own["torch_dtype" if "torch_dtype" in own else "dtype"] = str(trained.dtype).split(".")[1]
-    own |= {"tie_word_embeddings": trained.config.tie_word_embeddings, "use_cache": True}
-    (folder / "config.json").write_text(json.dumps(own, indent=2))
 
 
 def local_folder(model: ModelConfig) -> Path:

@@ -21,7 +21,7 @@ from dpo.errors import UserError
 from dpo.model.models import build_models
 from dpo.model.named import load_tokenizer
 from dpo.model.reference import Reference
-from dpo.ranks import main_first, sum_over_ranks
+from dpo.ranks import end_processes, main_first, sum_over_ranks
 from dpo.train.budget import load_policy_to_fit, probe_pairs, settle_dtype
 from dpo.train.launch import build_accelerator
 from dpo.train.peers import watched
@@ -83,7 +83,7 @@ def cache_reference(config: Config) -> str:
     assert reference.store
     if reference.store.problem:
         raise UserError(f"{reference.store.problem}. Free some space, and start again.")
-    accelerator.end_training()
+    end_processes(accelerator)
     return f"{computed} pairs computed, {found} were there: {reference.store.folder}"
 
 

@@ -20,8 +20,9 @@ from dpo.data.tokens import template_digest
 from dpo.errors import UserError
 from dpo.evaluate.token_rewards import rewards_to_show
 from dpo.model.fingerprint import weights_digest
+from dpo.model.load import save_config
 from dpo.model.models import Models
-from dpo.model.named import save_config, save_tokenizer
+from dpo.model.named import save_tokenizer
 from dpo.plan.disk import cannot_write, written_bytes
 from dpo.report.page import write_report
 from dpo.sealed import written_aside

@@ -28,7 +28,6 @@ from dpo.losses import LOSSES, PairLogps
 from dpo.metrics import RunningMeans, pair_metrics
 from dpo.model.models import Models
 from dpo.plan.flops import Costs, work
-from dpo.ranks import sum_over_ranks
 from dpo.train.budget import Budget
 from dpo.train.nonfinite import MAX_SKIPPED, NotFiniteError, bad_gradients, keep_findings
 from dpo.train.optim import learning_rate
@@ -78,7 +77,7 @@ class TrainStep:
             ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
             mine = balance(num_tokens, ranks)[rank]
         seen = self.gradient(step, [pairs[i] for i in mine], pairs_in_step=len(pairs))
-        self.interval.grad_norm = self.clip(seen)
+        self.interval.grad_norm = self.clip()
         if math.isfinite(self.interval.grad_norm):
             self.update(step)
             for micro_batch in seen:
@@ -132,9 +131,13 @@ class TrainStep:
     def backward(self, stream: Stream, pairs_in_step: int) -> tuple[Tensor, Tensor]:
         """Adds the gradient of one micro-batch; returns its losses and metrics, by pair."""
         logps, losses = self.score(stream)
+        metrics = pair_metrics(logps, losses, beta=self.config.loss.beta)
+        # 1, or NaN if a number here is not finite: then the gradient is on all ranks.
+        is_sound = (1 + 0 * metrics.sum()).to(losses.dtype)
         # DDP averages gradients over ranks; times the number of ranks, that is their sum.
-        self.accelerator.backward(losses.sum() * (self.accelerator.num_processes / pairs_in_step))
-        return losses.detach(), pair_metrics(logps, losses, beta=self.config.loss.beta)
+        scale = self.accelerator.num_processes / pairs_in_step
+        self.accelerator.backward(losses.sum() * scale * is_sound)
+        return losses.detach(), metrics
 
     def score(self, stream: Stream) -> tuple[PairLogps, Tensor]:
         """Log-probs of one micro-batch under both models, and one loss per pair."""
@@ -151,15 +154,11 @@ class TrainStep:
         place = (self.config.train.seed, step, micro_batch, self.accelerator.process_index)
         torch.manual_seed(hash(place))
 
-    def clip(self, seen: list[MicroBatch]) -> float:
-        """Clips the gradient; its norm before that, NaN if a number of any rank is not finite."""
+    def clip(self) -> float:
+        """Clips the gradient; its norm before that."""
         most = self.config.optim.max_grad_norm or math.inf
         norm: Any = self.accelerator.clip_grad_norm_(self.models.trained, most)
-        # 0 for finite numbers, else NaN; added on the device, which is waited for only once.
-        poison: Any = sum(0 * micro_batch.metrics.sum() for micro_batch in seen)
-        if self.accelerator.num_processes > 1:
-            poison = sum_over_ranks(self.accelerator, poison + torch.zeros_like(norm))
-        return float(norm + poison)
+        return float(norm)
 
     def update(self, step: int) -> None:
         """Takes the step, with its learning rate."""

@@ -25,6 +25,7 @@ from dpo.errors import UserError
 from dpo.evaluate.diagnostics import Watch
 from dpo.evaluate.evaluator import Evaluation, held_out_columns
 from dpo.losses import PairLogps, implicit_rewards
+from dpo.ranks import end_processes
 from dpo.run_folder import append_lines, read_lines, salvage_lines, write_lines
 from dpo.train.board import open_board, show_evaluation
 
@@ -175,7 +176,7 @@ class Tracker:
         for tracker in self._accelerator.trackers:
             self._without("the trackers' logs", tracker.finish)
         self._accelerator.trackers = []
-        self._accelerator.end_training()  # it ends the process group
+        end_processes(self._accelerator)
         for file in self._waiting:
             self._append(file)
         if lost := [str(file) for file, lines in self._waiting.items() if lines]:

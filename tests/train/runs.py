@@ -129,7 +129,7 @@ def step_gradients(settings, steps=(1, 2)):
             torch.nn.init.normal_(parameter, std=0.02)
     gradients = []
 
-    def keep_gradient(seen):
+    def keep_gradient():
         gradients.append(torch.cat([p.grad.flatten().clone() for p in run.models.trained]))
         run.optimizer.zero_grad()
         return 1.0
