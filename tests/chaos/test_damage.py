@@ -13,8 +13,8 @@ from tests.train.runs import killed, run
 pytestmark = pytest.mark.slow
 
 CHECKPOINT = (
-    "adapter_config.json adapter_model.safetensors config.yaml manifest.json optimizer.pt "
-    "state.json"
+    "adapter_config.json adapter_model.safetensors config.yaml manifest.json state.json "
+    "optimizer/tensors.safetensors optimizer/tree.json"
 ).split()
 LOGS = "metrics.jsonl samples.jsonl held_out.jsonl".split()
 CACHE = "pairs.arrow about.json prompts.int64 manifest.json".split()
@@ -156,7 +156,7 @@ def test_caches_that_are_gone_are_made_again(resumed, straight):
 
 def test_a_run_without_a_whole_checkpoint_is_refused_and_nothing_is_lost(resumed, before):
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole: .*-4 was.*-2 was passed"):
-        resumed("run/checkpoint-*/optimizer.pt", DAMAGE["empty"])
+        resumed("run/checkpoint-*/optimizer/tensors.safetensors", DAMAGE["empty"])
 
 
 def test_the_negative_control_a_damaged_token_would_be_trained_on(resumed, straight, monkeypatch):

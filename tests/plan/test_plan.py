@@ -168,7 +168,7 @@ def test_files_take_what_was_planned(tmp_path):
     def size(*patterns):
         return sum(file.stat().st_size for pattern in patterns for file in made.glob(pattern))
 
-    weights, state = "adapter_model.safetensors", "optimizer.pt"
+    weights, state = "adapter_model.safetensors", "optimizer/tensors.safetensors"
     assert planned["final/"] == pytest.approx(size(f"final/{weights}"), rel=0.05)
     both = size(f"checkpoint-*/{weights}", f"checkpoint-*/{state}")
     assert planned["2 checkpoints"] == pytest.approx(both, rel=0.05)
