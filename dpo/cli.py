@@ -181,7 +181,7 @@ def _check_yaml(file: Path) -> None:
         )
 
 
-def _size(node: yaml.Node, sizes: dict[int, float], file: Path) -> float:
+def _size(node: yaml.Node, sizes: dict[int, int | float], file: Path) -> int | float:
     """How many nodes it has once its aliases are written out; one inside itself has no end."""
     if id(node) in sizes:
         return sizes[id(node)]

@@ -112,7 +112,7 @@ class Evaluator:
         named = {f"eval/{name}": value for name, value in metrics.items()}
         return Evaluation(named, samples, logps)
 
-    def _score_held_out(self) -> list[tuple[float, ...]]:
+    def _score_held_out(self) -> list[tuple[int | float, ...]]:
         """This rank's pairs, r, r + ranks, ...: the index and the log-probs of each."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         mine = range(rank, len(self.held_out), ranks)
