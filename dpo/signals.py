@@ -34,7 +34,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class _State:
-    """Of this process; handlers of signals are global, and so is what they leave."""
+    """What the handlers have seen; it is global to the process, as they are."""
 
     asked = 0
     asked_at = 0.0

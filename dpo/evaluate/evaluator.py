@@ -99,12 +99,12 @@ class Evaluator:
         losses = LOSSES[loss.type](logps, **loss.options)
         means = pair_metrics(logps, losses, beta=loss.beta).mean(dim=1)
         metrics: dict[str, float] = dict(zip(PAIR_METRICS, means.tolist(), strict=True))
-        if self.models.reference.mode != "zero":
+        if self.models.reference.mode != "zero":  # without one nothing says how far it went
             falls = -logps.chosen_logratios / logps.chosen_lengths
             metrics["displacement"] = float(falls.mean())
             metrics["displacement_error"] = standard_error(falls)
-        if samples and self.models.reference.mode != "zero":  # without a reference there is no KL
-            metrics["kl"] = _mean(samples, "log_ratio")
+            if samples:
+                metrics["kl"] = _mean(samples, "log_ratio")
         if samples:
             metrics["lengths/generated"] = _mean(samples, "length")
         if samples and self.config.train.eval_exact_match:

@@ -1,16 +1,22 @@
 """Numbers that are not finite: what was found is kept, so that it can be looked into."""
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dpo.data.loader import Pairs
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
+from dpo.evaluate.evaluator import Evaluation
+from dpo.losses import PairLogps
+from dpo.model.models import Models
 
 MAX_SKIPPED = 10  # steps of a run; more are no accident of a few rows
 MAX_ROWS = 16  # are kept with their tokens
@@ -41,6 +47,35 @@ def keep_findings(
     findings = {**about, "first_layer": where, "num_rows": len(rows), "rows": kept}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "findings.json").write_text(json.dumps(findings, indent=1))
+
+
+def check_evaluation(
+    folder: Path,
+    step: int,
+    evaluation: Evaluation,
+    held_out: Pairs,
+    models: Models,
+    accelerator: Accelerator,
+) -> None:
+    """Refuses means over rows without a finite log-prob, and keeps what was found.
+
+    Raises:
+        NotFiniteError: naming the rows.
+    """
+    finite = torch.stack([getattr(evaluation.logps, f.name) for f in fields(PairLogps)])
+    bad = (~finite.isfinite().all(dim=0)).nonzero().flatten().tolist()
+    odd = [name for name, value in evaluation.metrics.items() if not math.isfinite(value)]
+    if not odd and not bad:
+        return
+    named = [(held_out.row_name(i), held_out[i]) for i in bad]
+    if accelerator.is_main_process:
+        keep_findings(folder, named, models.scorer, accelerator.device, step=step, metrics=odd)
+    rows = ", ".join(name for name, _ in named) or "none"
+    raise NotFiniteError(
+        f"step {step}: {', '.join(odd)} of the held-out pairs would not be finite. Rows whose "
+        f"log-probs are not: {rows}; {folder} holds what was found. Look at the rows, or go on "
+        "from the last checkpoint with a lower optim.learning_rate in another folder."
+    )
 
 
 @torch.no_grad()

@@ -7,15 +7,12 @@ Left out on purpose: callbacks, and Accelerate's accumulation, schedulers, sampl
 """
 
 import json
-import math
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dpo import run_folder, signals
@@ -26,8 +23,7 @@ from dpo.data.loader import PreferenceData, load_data
 from dpo.data.order import Order, is_due
 from dpo.errors import RefusedRowsError, UserError
 from dpo.evaluate.diagnostics import Watch
-from dpo.evaluate.evaluator import Evaluation, Evaluator
-from dpo.losses import PairLogps
+from dpo.evaluate.evaluator import Evaluator
 from dpo.metrics import RunningMeans
 from dpo.model.models import build_models
 from dpo.model.named import check_vocabulary, load_tokenizer
@@ -47,7 +43,7 @@ from dpo.train import checkpoint as checkpoints
 from dpo.train.budget import load_policy_to_fit, probe_pairs, settle_day, settle_dtype, token_budget
 from dpo.train.header import header
 from dpo.train.launch import build_accelerator, launcher_notes
-from dpo.train.nonfinite import NotFiniteError, keep_findings
+from dpo.train.nonfinite import NotFiniteError, check_evaluation
 from dpo.train.optim import build_optimizer
 from dpo.train.output import Output
 from dpo.train.peers import watched
@@ -68,7 +64,7 @@ def train(config: Config) -> Path:
     Raises:
         UserError: what the configuration asks for cannot be done; nothing was lost.
         Stopped: a signal has asked for it; the run is saved.
-        RuntimeError: the start-up self-check or a gradient shows numbers that cannot be trusted.
+        RuntimeError: the start-up self-check shows numbers that cannot be trusted.
     """
     run = Run(config)
     run.check_start()
@@ -258,7 +254,8 @@ class Run:
         evaluation = self.evaluator.evaluate()
         if evaluation is None:
             return
-        self._check_finite(step, evaluation)
+        folder, held_out = self.folder / f"nonfinite-{step}", self.data.held_out
+        check_evaluation(folder, step, evaluation, held_out, self.models, self.accelerator)
         self._evaluated_at = step
         self.interval.restart_clock()  # evaluation is not training time
         self.tracker.log_evaluation(
@@ -269,25 +266,6 @@ class Run:
             self.misses = on_main(self.accelerator, keep_best)
         if self.is_out_of_patience and self.interval.pairs:
             self._log_means(step)  # no step follows whose log they would be part of
-
-    def _check_finite(self, step: int, evaluation: Evaluation) -> None:
-        """Refuses means over rows without a finite log-prob, and names those."""
-        finite = torch.stack([getattr(evaluation.logps, f.name) for f in fields(PairLogps)])
-        bad = (~finite.isfinite().all(dim=0)).nonzero().flatten().tolist()
-        odd = [name for name, value in evaluation.metrics.items() if not math.isfinite(value)]
-        if not odd and not bad:
-            return
-        held_out, folder = self.data.held_out, self.folder / f"nonfinite-{step}"
-        named = [(held_out.row_name(i), held_out[i]) for i in bad]
-        if self.accelerator.is_main_process:
-            scorer = self.models.scorer
-            keep_findings(folder, named, scorer, self.accelerator.device, step=step, metrics=odd)
-        rows = ", ".join(name for name, _ in named) or "none"
-        raise UserError(
-            f"step {step}: {', '.join(odd)} of the held-out pairs would not be finite. Rows whose "
-            f"log-probs are not: {rows}; {folder} holds what was found. Look at the rows, or go on "
-            "from the last checkpoint with a lower optim.learning_rate in another folder."
-        )
 
     @property
     def is_out_of_patience(self) -> bool:

@@ -52,6 +52,18 @@ def during(monkeypatch, where, attribute, *calls):
     monkeypatch.setattr(where, attribute, on_a_full_disk)
 
 
+def deleted_meanwhile(monkeypatch, folder):
+    """Someone deletes the folder before the second step."""
+    take = trainers.TrainStep.__call__
+
+    def deleted(self, step):
+        if step == 2:
+            shutil.rmtree(folder)
+        take(self, step)
+
+    monkeypatch.setattr(trainers.TrainStep, "__call__", deleted)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     return outcome(straight_run(tmp_path_factory.mktemp("straight")))
@@ -129,14 +141,7 @@ def test_the_reference_cache_waits_in_memory(tmp_path, straight, monkeypatch, ca
 
 
 def test_a_cache_that_is_deleted_meanwhile_is_made_again(tmp_path, straight, monkeypatch):
-    take = trainers.TrainStep.__call__
-
-    def deleted(self, step):
-        if step == 2:
-            shutil.rmtree(tmp_path / "cache")
-        take(self, step)
-
-    monkeypatch.setattr(trainers.TrainStep, "__call__", deleted)
+    deleted_meanwhile(monkeypatch, tmp_path / "cache")
     assert outcome(run(settings(tmp_path))) == straight
     assert list((tmp_path / "cache" / "dpo_reference").glob("*/*.safetensors"))
 
@@ -168,14 +173,7 @@ def test_trackers_that_cannot_write_cost_nothing(tmp_path, straight, monkeypatch
 
 def test_a_run_folder_that_vanishes_is_made_again(tmp_path, monkeypatch):
     """What was logged before is gone with it; what is needed to go on is there."""
-    take = trainers.TrainStep.__call__
-
-    def vanished(self, step):
-        if step == 2:
-            shutil.rmtree(tmp_path / "run")
-        take(self, step)
-
-    monkeypatch.setattr(trainers.TrainStep, "__call__", vanished)
+    deleted_meanwhile(monkeypatch, tmp_path / "run")
     folder = run(settings(tmp_path))
     for name in ("config.yaml", "data_report.json", "checkpoint-3", "final", "summary.json"):
         assert (folder / name).exists()
