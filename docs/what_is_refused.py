@@ -41,7 +41,7 @@ def calls(tree: ast.AST, *names: str) -> Iterator[ast.Call]:
 
 
 def refusals(tree: ast.AST) -> Iterator[str]:
-    """Messages of `UserError` and its kinds; of `refuse`, which takes a key, a value and what is wanted."""
+    """Messages of `UserError` and its kinds, and of `refuse` (a key, a value, what is wanted)."""
     for call in calls(tree, "UserError", "RefusedRowsError", "NotFiniteError", "refuse"):
         if call.func.id == "refuse" and len(call.args) == 3:  # type: ignore[attr-defined]
             key, got, wanted = map(text_of, call.args)
