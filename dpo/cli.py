@@ -338,6 +338,7 @@ def run_command(main: Callable[[], object], stopped: str = "stopped") -> None:
     signals.listen()
     try:
         main()
+        _end_ranks(0)
     except UserError as error:
         signals.leave()
         if os.environ.get("RANK", "0") != "0":
@@ -361,7 +362,12 @@ def run_command(main: Callable[[], object], stopped: str = "stopped") -> None:
 
 
 def _exit(code: int) -> None:
-    """Leaves; one of several processes at once, without taking apart what it has built.
+    _end_ranks(code)
+    sys.exit(code)
+
+
+def _end_ranks(code: int) -> None:
+    """Ends one of several processes at once, without taking apart what it has built.
 
     To free a process group, Python's lock is held while gloo's threads end, and they may want it.
     """
@@ -370,4 +376,3 @@ def _exit(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)

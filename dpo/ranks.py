@@ -39,13 +39,14 @@ def main_first(accelerator: Accelerator, do: Callable[[], T]) -> T:
 
 
 def end_processes(accelerator: Accelerator) -> None:
-    """Ends trackers and the process group; every rank must call.
+    """Waits for all ranks, and ends NCCL's process group; every rank must call.
 
-    Gloo's threads still drop the tensors of the last exchange, for which they need Python's lock,
-    while the group is torn down, which holds it and waits for them. A barrier has no tensors.
+    Gloo's ends with the process (`cli.run_command`). To free it would hold Python's lock and wait
+    for its threads, which may want that lock to drop the tensors of the last exchange.
     """
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    if accelerator.device.type != "cpu":
+        accelerator.end_training()
 
 
 def smallest_over_ranks(accelerator: Accelerator, number: int) -> int:

@@ -25,6 +25,21 @@ def as_process(name, *arguments, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
+def as_two_processes(*words, seconds=180):
+    """What two ranks on the CPU print; a port of their own, and an end if they wait for ever."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    process = subprocess.run(
+        [*map(str, (*launch, *words))],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        cwd=SCRIPTS.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
 def called(name, *arguments):
     """Exit code, stdout and stderr; what is no user error comes through as it is raised."""
     forget_accelerate()

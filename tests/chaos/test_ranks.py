@@ -86,6 +86,7 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(tmp_path):
         two(tmp_path, *LONG, "--train.max_steps", str(int(step) + 1)),
         capture_output=True,
         text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert f"resumed after step {step}" in done.stderr
@@ -108,10 +109,10 @@ def test_a_trainer_whose_launcher_dies_saves_and_stops(number, tmp_path):
     process = started([LAUNCHER, "launch", script, *flags(tmp_path, *LONG)], tmp_path)
     (trainer,) = psutil.Process(process.pid).children()
     process.send_signal(number)
-    assert process.wait() == -number
+    assert process.wait(30) == -number
     trainer.wait(timeout=30)
     assert saved_step(tmp_path) > 0
-    assert "SIGTERM: stopped after step" in process.communicate()[1]
+    assert "SIGTERM: stopped after step" in process.communicate(timeout=30)[1]
 
 
 def test_a_killed_rank_is_named_and_ends_the_others(tmp_path):

@@ -5,10 +5,12 @@ import sys
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dpo.cli import run_command
 from dpo.train.trainer import Run
 from tests.train.runs import config
 
-if __name__ == "__main__":
+
+def main():
     torch.set_num_threads(1)
     made = Run(
         config(sys.argv[1], "--train.per_device_train_batch_size", 8, "--train.max_steps", 9)
@@ -31,4 +33,8 @@ if __name__ == "__main__":
         names = [event.name for event in profiled.events() if event.name.startswith("gloo:")]
         if torch.distributed.get_rank() == 0:
             print("counted", len(sizes), len(names), flush=True)
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,16 +1,14 @@
 """train.patience: a run stops when evaluations stop getting better."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from dpo.catalogue import PAIR_METRICS
 from dpo.errors import UserError
 from dpo.train.trainer import Run
+from tests.commands import as_two_processes
 from tests.train.runs import QUIET, config, killed, metrics, rows_file, run, started, training
 
 # The held-out loss after each step: the best is that of step 4.
@@ -161,13 +159,7 @@ def test_two_processes_stop_together(tmp_path):
     flags += ["--data.eval_path", rows_file(tmp_path, 5, "held_out.jsonl"), "--train.eval_steps", 1]
     flags += ["--train.metric_for_best_model", "eval/loss", "--train.patience", 2]
     flags += ["--optim.learning_rate", 1e-30, "--train.output_dir", tmp_path / "run"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    subprocess.run(
-        [*launch, "--master_port", "29587", "scripts/train.py", *map(str, flags)],
-        check=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "tokens")},
-    )
+    as_two_processes("scripts/train.py", *flags)
     assert last_step(tmp_path / "run") == 3
     assert summary(tmp_path / "run")["stopped"].startswith("stopped after step 3 of 9")
     assert (tmp_path / "run" / "final" / "adapter_model.safetensors").exists()

@@ -5,10 +5,7 @@ rate changed, or built from the trained policy, or from another model of the sam
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,7 @@ from dpo.model.logp_cache import LogpCache
 from dpo.model.reference import AdapterOff, Frozen
 from dpo.train import budget
 from dpo.train.ahead import cache_reference
-from tests.commands import called
+from tests.commands import as_two_processes, called
 from tests.train.runs import config, forget_accelerate, metrics, rows_file, run, training
 
 ROOT = Path(__file__).parents[2]
@@ -291,16 +288,8 @@ def test_two_processes_share_the_work_and_one_finds_it_all(tmp_path, asked):
     flags = ["--data.name_or_path", rows, "--data.eval_path", "null", "--train.max_steps", "2"]
     flags += ["--data.max_length", "160", "--data.max_prompt_length", "128"]
     flags += ["--train.per_device_train_batch_size", "12", "--reference.cache", tmp_path / "cache"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    script = ROOT / "scripts" / "cache_reference.py"
-    done = subprocess.run(
-        [*launch, "--master_port", "29571", script, *map(str, flags)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "tokens")},
-    )
-    assert "24 pairs computed, 0 were there" in done.stdout
+    printed = as_two_processes("scripts/cache_reference.py", *flags)
+    assert "24 pairs computed, 0 were there" in printed
     run(cached(tmp_path, "--train.max_steps", 2))
     assert asked == []
 

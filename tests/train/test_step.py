@@ -1,7 +1,5 @@
 """One step: one gradient however it is split, nothing counted twice, and a stop before bad news."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +10,7 @@ from dpo.train.budget import STEPS_TO_RECOVER, token_budget
 from dpo.train.selfcheck import shortest_pairs
 from dpo.train.step import TrainStep
 from dpo.train.trainer import Run
+from tests.commands import as_two_processes
 from tests.train.runs import (
     assert_same_gradients,
     config,
@@ -48,11 +47,7 @@ def test_two_processes_give_the_gradient_of_one_also_for_a_short_last_step(tmp_p
     """Steps of 16 pairs; the last one has 8, or a single one, which leaves a rank without pairs."""
     flags = ["--train.tokens_per_microbatch", 250, "--train.per_device_train_batch_size"]
     output = tmp_path / "gradients.pt"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    arguments = [tmp_path, output, rows, *flags, 8]
-    subprocess.run(
-        [*launch, "-m", "tests.train.two_ranks", *map(str, arguments)], check=True, timeout=120
-    )
+    as_two_processes("-m", "tests.train.two_ranks", tmp_path, output, rows, *flags, 8)
     expected = step_gradients(config(tmp_path, *flags, 16, rows=rows))
     for results in torch.load(output):
         assert_same_gradients(results, expected)

@@ -5,9 +5,6 @@ and every operator whose result has a shape that only the numbers tell. The GPU'
 for in the last test. Fault 29 of public trainers: 13 `.item()` and 15 collectives a micro-batch.
 """
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo.losses import LOSSES
 from dpo.train.trainer import Run
+from tests.commands import as_two_processes
 from tests.train.runs import config, forget_accelerate
 
 ROOT = Path(__file__).parents[2]
@@ -144,16 +142,8 @@ def test_evaluation_and_logging_are_not_part_of_a_step(tmp_path, monkeypatch):
 @pytest.mark.distributed
 def test_a_step_of_many_micro_batches_has_the_collectives_of_a_step_of_one(tmp_path):
     """Two processes, counted by the profiler: the gradient, once."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, "--master_port", "29583", "-m", "tests.train.collectives", tmp_path],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "tokens")},
-    )
-    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("counted")]
+    printed = as_two_processes("-m", "tests.train.collectives", tmp_path)
+    lines = [line.split() for line in printed.splitlines() if line.startswith("counted")]
     (_, few, one), (_, number, many) = lines
     assert int(few) == 1
     assert int(number) >= 4

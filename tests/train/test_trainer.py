@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from dpo.model.load import load_policy
 from dpo.model.named import load_tokenizer
 from dpo.model.reference import AdapterOff
 from dpo.model.scorer import Scorer
-from tests.commands import called
+from tests.commands import as_two_processes, called
 from tests.train.runs import (
     QUIET,
     config,
@@ -42,8 +40,7 @@ def test_two_processes_evaluate_and_report_as_one(tmp_path):
     one = [*map(str, flags), "--train.output_dir", str(tmp_path / "one"), size, "16"]
     two = [*map(str, flags), "--train.output_dir", str(tmp_path / "two"), size, "8"]
     run(parse(one))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    subprocess.run([*launch, "scripts/train.py", *two], check=True, timeout=120)
+    as_two_processes("scripts/train.py", *two)
 
     folders = tmp_path / "one", tmp_path / "two"
     first, second = ([line for line in metrics(f) if "eval/loss" in line] for f in folders)
