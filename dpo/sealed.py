@@ -45,6 +45,17 @@ def seal(folder: Path) -> None:
     """Writes the sums of all files in the folder."""
     (folder / MANIFEST).unlink(missing_ok=True)
     (folder / MANIFEST).write_text(json.dumps(file_sums(folder, "*")))
+    share(folder, folder / MANIFEST)
+
+
+def share(folder: Path, new: Path) -> None:
+    """Gives all files below the folder the mode of `new`, which has it from the user's mask.
+
+    safetensors makes files that only their owner can read.
+    """
+    for file in folder.rglob("*"):
+        if file.is_file():
+            shutil.copymode(new, file)
 
 
 def is_sealed(folder: Path) -> bool:

@@ -10,6 +10,7 @@ from dpo import run_folder
 from dpo.after.merge_error import MergeError
 from dpo.config import Config, DataSource, ModelConfig
 from dpo.data.loader import list_sources
+from dpo.hidden import visible
 from dpo.model.named import base_of
 from dpo.report.logs import RunLogs, read_logs
 from dpo.run_folder import checkpoint_step
@@ -61,7 +62,7 @@ def write_run_card(
     }
     step = _step(logs, folder / weights)
     facts = {
-        "name": logs.name,
+        "name": _plain(logs.name),
         "weights": weights,
         "step": step,
         "model": public_name(trained_on.name_or_path, trained_on.path),
@@ -69,7 +70,7 @@ def write_run_card(
         "licence": licence.get("license"),
         "sources": [_dataset_name(s) for s in sources],
         "held_out_source": held_out and _dataset_name(held_out),
-        "report": logs.data_report,
+        "report": _plain_reasons(logs.data_report),
         "settings": _settings(config),
         "results": _results(logs, step),
         "samples": _samples(logs, step),
@@ -121,8 +122,9 @@ def public_name(name: str, location: str) -> str:
     """A hub id with its link; for a file or folder only its name, since its path is private."""
     if hub_id(name, location):
         return f"[{name}](https://huggingface.co/{name})"
-    packaged = location != name
-    return f"`{name}` (packaged with dpo)" if packaged else f"`{Path(name).name}` (local)"
+    if location != name:
+        return f"`{name}` (packaged with dpo)"
+    return f"`{_one_line(Path(name).name).replace('`', chr(39))}` (local)"
 
 
 def _dataset_name(source: DataSource) -> str:
@@ -135,7 +137,7 @@ def _settings(config: Config) -> list[tuple[str, str]]:
     nested = asdict(config)
     unused = {"none": ("lora",), "lora": ()}[config.model.adapter]
     return [
-        (f"{section}.{key}", str(nested[section][key]).replace("|", "\\|"))  # for a Markdown table
+        (f"{section}.{key}", _plain(str(nested[section][key])))
         for section, keys in _SHOWN.items()
         for key in keys.split()
         if section not in unused and nested[section][key] is not None
@@ -177,4 +179,20 @@ def _samples(logs: RunLogs, step: int | None) -> list[dict[str, str]]:
 
 
 def _short(text: str) -> str:
+    text = visible(text)  # a bare \r would end a line, and with it the code block
     return text if len(text) <= _LONGEST_SAMPLE else text[:_LONGEST_SAMPLE] + " ..."
+
+
+def _plain_reasons(report: dict[str, Any]) -> dict[str, Any]:
+    """A data report whose reasons, which may quote a template or a column, are plain text."""
+    tallies = {"dropped", "cut"} & report.keys()
+    return report | {name: {_plain(k): v for k, v in report[name].items()} for name in tallies}
+
+
+def _plain(text: str) -> str:
+    """Text within a line of Markdown that is no markup: no link, no HTML, no end of a cell."""
+    return re.sub(r"[\\`\[\]<>|&]", r"\\\g<0>", _one_line(text))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(visible(text).split())

@@ -29,6 +29,7 @@ from dpo.device import choose_device
 from dpo.errors import UserError
 from dpo.evaluate.samples import generate
 from dpo.evaluate.sampling import Sampling
+from dpo.hidden import visible
 from dpo.model.load import load_base
 from dpo.model.named import load_tokenizer
 from dpo.plan.fit import choose_dtype
@@ -161,7 +162,7 @@ class Speakers:
 
         Each prompt has a seed; base and policy draw with the same random numbers.
         """
-        streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        streamer = _Streamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
         with self._models[side]() as model:
             answers = generate(
                 model,
@@ -175,6 +176,11 @@ class Speakers:
             )
         ended = [ids[:-1] if ids[-1] in self._stops else ids for ids in answers]
         return [self._tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in ended]  # type: ignore[union-attr]
+
+
+class _Streamer(TextStreamer):
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(visible(text), stream_end)
 
 
 def _refuse_as_model(path: Path, side: str | None, weights: str | None) -> None:
@@ -238,16 +244,16 @@ def print_answers(
         said = record.get("prompt") or record["messages"]
         if said != shown:
             shown = said
-            print(f"\n{said if isinstance(said, str) else said[-1]['content']}")
+            print("\n" + visible(said if isinstance(said, str) else said[-1]["content"]))
         for side in sides:
             seed = f" (seed {record['seed']})" if len(seeds) > 1 else ""
-            print(f"{_label(side + seed)}{record[side]}", flush=True)
+            print(f"{_label(side + seed)}{visible(record[side])}", flush=True)
 
 
 def stream_answer(speakers: Speakers, prompt: Prompt, seed: int, sampling: Sampling) -> None:
     """Prints the answers to one prompt as they are written, like `print_answers`."""
     ids = speakers.tokenize(prompt, sampling.max_new_tokens)
-    print(f"\n{prompt.text}")
+    print(f"\n{visible(prompt.text)}")
     for side in speakers.sides:
         print(_label(side), end="", flush=True)
         speakers.answer(side, [ids], [seed], sampling, stream=True)

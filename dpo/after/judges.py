@@ -15,14 +15,18 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email.message import Message
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -30,6 +34,9 @@ from tqdm import tqdm
 
 from dpo.errors import UserError
 from dpo.evaluate.statistics import length_controlled, wilson
+
+MAX_REPLY = 10 * 2**20  # bytes
+MAX_UNANSWERED = 8  # rows, one after another: then a server is not there
 
 
 @dataclass(frozen=True)
@@ -93,14 +100,16 @@ class EndpointJudge:
 
     Judges favour the first or the second answer (Zheng et al. 2023, arXiv:2306.05685). So both
     orders are asked, and an answer wins only if it wins both; two different verdicts are a tie.
-    The key is read from OPENAI_API_KEY when it is sent, and stored nowhere.
+    The key is read from OPENAI_API_KEY when it is sent, and stored nowhere. No redirect is
+    followed: urllib would send the key to whatever address the server names.
 
     Attributes:
         url: `.../v1`, or `.../v1/chat/completions`.
         model: the name that the server knows it by.
-        timeout: seconds for one reply.
+        timeout: seconds for one whole reply.
         tries: how often to ask when the server is busy (429), fails (5xx) or does not answer.
-        wait: seconds before the second try; doubled each time.
+        wait: seconds before the second try, doubled each time; a server may ask for more, up to
+            `timeout`.
     """
 
     url: str
@@ -111,7 +120,12 @@ class EndpointJudge:
     workers: int = 8
 
     def __call__(self, answers: JudgedAnswers) -> Verdict:
-        """The verdict over both orders; unclear if either reply holds none."""
+        """The verdict over both orders; unclear if either reply holds none.
+
+        Raises:
+            UnansweredError: the server did not answer about this row.
+            UserError: it will not answer about any: wrong address, key or certificate.
+        """
         said = tuple(
             self._ask(answers.prompt, *order)
             for order in ((answers.policy, answers.base), (answers.base, answers.policy))
@@ -131,51 +145,141 @@ class EndpointJudge:
         ]
         body = {"model": self.model, "messages": messages, "temperature": 0}
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
+        if key := _key():
             headers["Authorization"] = f"Bearer {key}"
         url = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        reply = self._send(request)
+        reply = self._send(urllib.request.Request(url, json.dumps(body).encode(), headers))
         try:
-            return json.loads(reply)["choices"][0]["message"]["content"] or ""
-        except (ValueError, LookupError, TypeError):
-            raise UserError(
-                f"--judge {self.url}: got {reply[:200]!r}, wanted a chat completion. Give the URL "
-                "of an OpenAI-compatible server, up to /v1."
+            content = json.loads(reply)["choices"][0]["message"]["content"] or ""
+            return content.encode(errors="replace").decode()  # JSON may hold half a character
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise UnansweredError(
+                f"--judge {self.url}: got {_without_key(reply[:200])!r}, wanted a chat completion. "
+                "Give the URL of an OpenAI-compatible server, up to /v1."
             ) from None
 
     def _send(self, request: urllib.request.Request) -> bytes:
         wait = self.wait
         for tried in range(1, self.tries + 1):
+            longer, is_passing, is_about_all = 0.0, True, False
             try:
-                with _OPENER.open(request, timeout=self.timeout) as response:
-                    return response.read()
-            except urllib.error.HTTPError as error:
-                said = error.read(300).decode(errors="replace").strip()
-                problem = f"HTTP {error.code} {error.reason}: {said}"
-                is_passing = error.code == 429 or error.code >= 500
-            except (OSError, http.client.HTTPException) as error:  # refused, timed out, cut off
-                problem, is_passing = str(getattr(error, "reason", error)), True
+                reply = _within(self.timeout, lambda: _reply(request, self.timeout))
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = getattr(error, "reason", error)  # refused, timed out, cut off
+                problem, is_about_all = str(reason), isinstance(reason, ValueError)  # certificate
+                is_passing = not is_about_all
+            else:
+                if reply.status < 300:
+                    return reply.body
+                to = f" (not followed: {reply.headers['Location']})" if reply.status < 400 else ""
+                said = reply.body[:300].decode(errors="replace").strip()
+                problem = f"HTTP {reply.status} {reply.reason}{to}: {said}"
+                is_passing = reply.status == 429 or reply.status >= 500
+                is_about_all = reply.status in (401, 403, 404) or reply.status < 400
+                longer = min(_seconds(reply.headers.get("Retry-After", "")), self.timeout)
             if not is_passing:
                 break
             if tried < self.tries:
-                time.sleep(wait)
+                time.sleep(max(wait, longer))
                 wait *= 2
-        raise UserError(
-            f"--judge {self.url}: {problem} (tried {tried} times). Check the URL, --judge_model "
-            f"(got {self.model}) and the environment's OPENAI_API_KEY "
-            f"({'is set' if 'OPENAI_API_KEY' in os.environ else 'is not set'})."
+        raise (UserError if is_about_all else UnansweredError)(
+            f"--judge {self.url}: {_without_key(problem.encode())} (tried {tried} times). Check "
+            f"the URL, --judge_model (got {self.model}) and the environment's OPENAI_API_KEY "
+            f"({'is set' if _key() else 'is not set'})."
         )
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects: urllib would send the key to the address that a server names."""
+class UnansweredError(UserError):
+    """A judge's server gave no answer about one row; it may about the next."""
 
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 _OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+class _Reply(NamedTuple):
+    status: int
+    reason: str
+    headers: Message
+    body: bytes
+
+
+def _reply(request: urllib.request.Request, timeout: float) -> _Reply:
+    response: Any
+    try:
+        response = _OPENER.open(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        response = error
+    with response:
+        reply = _Reply(response.status, response.reason, response.headers, response.read(MAX_REPLY))
+        if len(reply.body) == MAX_REPLY:
+            raise OSError(f"the reply is larger than {MAX_REPLY >> 20} MiB")
+        if response.length:
+            raise OSError("the reply was cut off")
+        return reply
+
+
+T = TypeVar("T")
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` gives; a socket's own timeout begins anew with every byte.
+
+    Raises:
+        TimeoutError: it takes longer. It goes on in a thread of its own, which nothing waits for.
+    """
+    done: SimpleQueue[T | Exception] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put(work())
+        except Exception as error:
+            done.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result = done.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError("timed out") from None
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _seconds(retry_after: str) -> float:
+    """What a Retry-After header asks for: seconds, or a date (RFC 9110, section 10.2.3)."""
+    try:
+        return float(retry_after)
+    except ValueError:
+        pass
+    try:
+        return parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except ValueError:
+        return 0.0
+
+
+def _key() -> str:
+    """The key without white space around it, "" if there is none.
+
+    Raises:
+        UserError: it cannot be sent; the key is not printed.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(
+            "OPENAI_API_KEY: it holds a line end or a character that is not ASCII. Set it anew."
+        )
+    return key
+
+
+def _without_key(said: bytes) -> str:
+    """A server's words; some repeat the key that they refuse."""
+    text = said.decode(errors="replace")
+    return text.replace(key, "***") if (key := _key()) else text
 
 
 def _read_verdict(reply: str) -> str | None:
@@ -226,23 +330,40 @@ def load_judge(name: str, model: str | None = None) -> FunctionJudge | EndpointJ
 def judge_all(
     judge: FunctionJudge | EndpointJudge, answers: Sequence[JudgedAnswers], file: Path
 ) -> list[Verdict]:
-    """A verdict on each; every one is written to `file` at once, for a person to read."""
-    verdicts = []
+    """A verdict on each; every one is written to `file` at once, for a person to read.
+
+    A row about which a server gave no answer counts as unreadable; `file` says why.
+
+    Raises:
+        UserError: the judge cannot be asked at all, or not about MAX_UNANSWERED rows in a row.
+    """
+    verdicts, unanswered = [], 0
     with file.open("w", encoding="utf-8") as lines:
         for one, verdict in zip(answers, _verdicts(judge, answers), strict=True):
-            line = vars(one) | {"verdict": verdict.value, "judge_said": list(verdict.said)}
+            problem = isinstance(verdict, UnansweredError)
+            unanswered = unanswered + 1 if problem else 0
+            if problem and unanswered in (MAX_UNANSWERED, len(answers)):
+                raise verdict
+            verdicts.append(Verdict(None, (f"error: {verdict}",)) if problem else verdict)
+            value, said = vars(verdicts[-1]).values()
+            line = vars(one) | {"verdict": value, "judge_said": list(said)}
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-            verdicts.append(verdict)
     return verdicts
 
 
 def _verdicts(
     judge: FunctionJudge | EndpointJudge, answers: Sequence[JudgedAnswers]
-) -> Iterator[Verdict]:
+) -> Iterator[Verdict | UnansweredError]:
+    def ask(one: JudgedAnswers) -> Verdict | UnansweredError:
+        try:
+            return judge(one)
+        except UnansweredError as error:
+            return error
+
     pool = ThreadPoolExecutor(judge.workers)
     try:
         yield from tqdm(
-            pool.map(judge, answers), desc="judging", total=len(answers), leave=False, disable=None
+            pool.map(ask, answers), desc="judging", total=len(answers), leave=False, disable=None
         )
     finally:
         pool.shutdown(cancel_futures=True)  # after an error the rest is not needed

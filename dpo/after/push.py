@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.errors import UserError
-from dpo.sealed import file_sums
+from dpo.sealed import file_sums, share
 
 RECORD = "merge.json"  # in a merged folder: what was merged, and checksums of what was verified
 _KINDS = {"weights": str, "base": str, "dtype": str, "merged_from": dict, "files": dict}
@@ -26,6 +26,7 @@ def write_record(
         "files": {**file_sums(merged, "*"), "README.md": "free to be edited"},
     }
     (merged / RECORD).write_text(json.dumps(record, indent=1))
+    share(merged, merged / RECORD)
 
 
 def verified_files(output: Path, folder: Path, *, weights: str, base: str, dtype: str) -> list[str]:

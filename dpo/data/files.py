@@ -24,13 +24,26 @@ def cache_folder(name: str) -> Path:
 
 
 def use_a_writable_cache(beside: Path) -> list[str]:
-    """Keeps caches beside a run's folder if their own cannot be written to; says so in words."""
+    """Keeps caches beside a run's folder if their own cannot be used; says so in words.
+
+    They cannot be written to, or belong to another user, who may have put other tokens there.
+    """
     wanted = cache_folder("dpo_pairs").parent
     existing = next(path for path in (wanted, *wanted.absolute().parents) if path.exists())
-    if os.access(existing, os.W_OK):
+    owned = [wanted, *map(cache_folder, ("dpo_pairs", "dpo_reference"))]
+    if not os.access(existing, os.W_OK):
+        problem = f"{wanted} cannot be written to"
+    elif others := [path for path in owned if path.exists() and _is_of_another_user(path)]:
+        problem = f"{others[0]} belongs to another user and is not trusted"
+    else:
         return []
     os.environ["HF_DATASETS_CACHE"] = str(beside.absolute().with_name(f"{beside.name}.cache"))
-    return [f"{wanted} cannot be written to: caches are in {os.environ['HF_DATASETS_CACHE']}"]
+    return [f"{problem}: caches are in {os.environ['HF_DATASETS_CACHE']}"]
+
+
+def _is_of_another_user(path: Path) -> bool:
+    """Root trusts all, as in a container with a user's folders; and all trust root."""
+    return os.getuid() != 0 and path.stat().st_uid not in (0, os.getuid())
 
 
 def digest(*parts: object) -> str:

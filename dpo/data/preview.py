@@ -10,6 +10,7 @@ from dpo.data.audit import Audit
 from dpo.data.formats import Message, Preference
 from dpo.data.loader import first_pairs, list_sources, open_rows
 from dpo.data.stream import TokenizedPair
+from dpo.hidden import visible
 
 _DIM, _GREEN, _RED, _END = "\033[2m", "\033[32m", "\033[31m", "\033[0m"
 
@@ -66,10 +67,10 @@ def preview(
 
 def _messages(said: list[Message] | str) -> list[str]:
     if isinstance(said, str):
-        return [said]
+        return [visible(said)]
     lines = []
     for message in said:
-        lines.append(f"[{message['role']}] {message['content']}")
+        lines.append(f"[{message['role']}] {visible(str(message['content']))}")
         others = {key: value for key, value in message.items() if key not in ("role", "content")}
         lines += [f"  {key}: {json.dumps(value)}" for key, value in others.items()]
     return lines
@@ -78,7 +79,7 @@ def _messages(said: list[Message] | str) -> list[str]:
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], scored: list[bool], paint: str
 ) -> str:
-    texts = [str(tokenizer.decode([token])) for token in ids]
+    texts = [visible(str(tokenizer.decode([token]))) for token in ids]
     if not paint:
         marked = [t if is_scored else f"({t})" for t, is_scored in zip(texts, scored, strict=True)]
         return "|".join(t.replace("\n", "\\n") for t in marked)

@@ -40,6 +40,7 @@ from dpo.data.templates import choose_template, require_chatml
 from dpo.data.workers import in_order
 from dpo.device import num_cores
 from dpo.errors import RefusedRowsError, UserError
+from dpo.hidden import kinds_in
 from dpo.sealed import damage, file_sums, seal
 
 BATCH_ROWS = 1000  # a worker's task: about a second
@@ -146,6 +147,8 @@ def read_row(
         return None
     for name in unread_columns(value, format):
         audit.note(f"column {name!r} not read", number)
+    for kind in sorted(kinds_in(vars(preference))):
+        audit.note(f"with {kind}", number)
     return preference
 
 

@@ -90,7 +90,10 @@ class LogpCache:
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)  # someone may have deleted it
+            unfinished.touch()
+            mode = unfinished.stat().st_mode  # safetensors makes another one, for its owner alone
             save_file(columns, unfinished)
+            unfinished.chmod(mode)
             unfinished.rename(self.folder / name)
         except (SafetensorError, OSError) as error:
             self.problem = f"{self.folder} cannot be written ({error})"

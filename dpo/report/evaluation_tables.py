@@ -89,7 +89,7 @@ def win_rate_tables(f: dict[str, Any]) -> Iterator[Table]:
     rows.append(("answer length, tokens", *lengths, ""))
     rows.append(("answers cut at max_new_tokens", str(f["cut_base"]), str(f["cut_policy"]), ""))
     unclear = f["unreadable_verdicts"]
-    note = f"; {unclear} verdicts could not be read and are left out" if unclear else ""
+    note = f"; {unclear} verdicts could not be had or read, and are left out" if unclear else ""
     yield Table(rows, notes=[f"{counts}{note}. To read: {f['judged_answers']}"])
 
 

@@ -20,6 +20,7 @@ import yaml
 from dpo import run_folder, sealed
 from dpo.data import files
 from dpo.errors import UserError
+from dpo.hidden import visible
 from dpo.report import comparison, curves, digest
 from dpo.report.charts import Chart, shown_number
 from dpo.report.drawing import Drawing, draw
@@ -130,10 +131,10 @@ def _render(template: str, charts: dict[str, list[Chart]], **context: Any) -> st
 
 
 def _write(file: Path, page: str) -> Path:
-    """Writes the page; half a surrogate pair, which UTF-8 cannot encode, becomes a reference."""
+    """Writes the page, with what rows and models hide in their texts made visible."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+        file.write_text(visible(page), encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{file} cannot be written ({error.strerror}). Name another file in --output of "

@@ -13,6 +13,7 @@ from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from dpo.catalogue import PAIR_METRICS, by_chart, metric
+from dpo.hidden import visible
 
 # The charts under "Custom Scalars": metrics by group; the catalogue says which share a chart.
 _GROUPS = {
@@ -74,7 +75,8 @@ def show_evaluation(
 
 
 def _cell(text: str) -> str:
-    """The text as one cell of a Markdown table, where control tokens are not HTML."""
+    """The text as one cell of a Markdown table, where nothing is HTML and nothing is hidden."""
+    text = visible(text)
     for plain, escaped in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("\n", "<br>")):
         text = text.replace(plain, escaped)
     return text

@@ -114,17 +114,25 @@ def test_a_repository_that_is_public_already_is_not_pushed_to_by_accident(hub, t
     assert len(hub.files["me/model"]) == 4
 
 
+COMMIT = "/api/models/me/model/commit"
+
+
 @pytest.mark.parametrize(
-    "where", ["/api/repos/create", "/api/models/me/model/preupload", "/me/model.git", "/lfs/"]
+    "where",
+    ["/api/repos/create", "/api/models/me/model/preupload", "/me/model.git", "/lfs/", COMMIT],
 )
-def test_a_refused_push_leaves_the_folder_and_can_be_repeated(hub, tmp_path, where):
+@pytest.mark.parametrize("public", [False, True])
+def test_a_push_that_fails_half_way_shows_nothing_and_can_be_repeated(hub, tmp_path, where, public):
+    """Large files wait in the hub's store; what makes them visible is one commit at the end."""
     hub.refuse[where] = 403
     with pytest.raises(UserError, match=r"me/model was not pushed .*repeats the push alone"):
-        pushed(tmp_path)
+        pushed(tmp_path, public=public)
+    assert not hub.files.get("me/model")
     hub.refuse.clear()
     run, merged = tmp_path / "run", tmp_path / "merged"
-    push(merged, verified_files(merged, run, **ASKED), "me/model", public=False)
+    push(merged, verified_files(merged, run, **ASKED), "me/model", public=public)
     assert len(hub.files["me/model"]) == 4
+    assert hub.visibility["me/model"] == ("public" if public else "private")
 
 
 def test_a_hub_that_cannot_be_reached_is_told(hub, tmp_path, monkeypatch):

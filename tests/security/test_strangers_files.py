@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import stat
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +14,14 @@ import transformers
 from safetensors.torch import load_file
 
 from dpo import sealed
+from dpo.after.card import write_run_card
+from dpo.after.merge_error import MergeError
 from dpo.cli import parse
+from dpo.data.files import cache_folder, use_a_writable_cache
 from dpo.errors import UserError
 from dpo.model.load import load_policy
 from dpo.model.named import load_tokenizer
+from dpo.report.page import write_report
 from dpo.train.tree import load_tree, save_tree
 from tests.models import QUICKSTART_MODEL
 from tests.train.runs import adapter_folder, config, run, training
@@ -92,7 +98,56 @@ def test_code_that_comes_with_a_model_is_refused_by_the_key_that_allows_it(tmp_p
 def test_that_such_code_may_run_is_said(tmp_path):
     folder = run(config(tmp_path, "--model.trust_remote_code", "true", "--train.max_steps", 1))
     header = (folder / "header.txt").read_text()
-    assert "note: model.trust_remote_code: the model's own Python code runs here" in header
+    said = "note: model.trust_remote_code: the model's own Python code runs here"
+    assert said in header
+    assert said.replace("'", "&#39;") in write_report(folder).read_text()
+
+
+@pytest.mark.parametrize("is_trusted", [False, True])
+def test_that_such_code_ran_is_in_the_models_card(is_trusted, tmp_path):
+    folder = run(config(tmp_path, "--train.max_steps", 1))
+    settings = config(tmp_path, "--model.trust_remote_code", is_trusted)
+    error = MergeError(0.1, 0.2, 0.3, effect=1.0, kept=1.0)
+    how = {"weights": "final", "base": "original", "dtype": "bfloat16", "has_chat": False}
+    how |= {"rounding": 0.1, "refused": "", "pairs_are": "8 pairs", "errors": {"original": error}}
+    write_run_card(tmp_path, folder, settings, **how)
+    assert ("model.trust_remote_code" in (tmp_path / "README.md").read_text()) == is_trusted
+
+
+# ------------------------------------------------------------------------------ folders of others
+
+
+@pytest.mark.parametrize(
+    ("me", "owner", "is_trusted"), [(7, 7, True), (7, 0, True), (0, 8, True), (7, 8, False)]
+)
+def test_a_cache_that_another_user_owns_is_not_read(me, owner, is_trusted, tmp_path, monkeypatch):
+    """They could have put other tokens there, with sums that fit them."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "shared"))
+    monkeypatch.setattr(os, "getuid", lambda: me)
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: SimpleNamespace(st_uid=owner))
+    monkeypatch.setattr(os, "access", lambda *_: True)
+    said = use_a_writable_cache(tmp_path / "run")
+    if is_trusted:
+        assert (said, cache_folder("x")) == ([], tmp_path / "shared" / "x")
+    else:
+        assert "shared belongs to another user and is not trusted: caches are in" in said[0]
+        assert cache_folder("x") == tmp_path / "run.cache" / "x"
+
+
+@pytest.mark.parametrize(("mask", "file", "folder"), [(0o077, 0o600, 0o700), (0o022, 0o644, 0o755)])
+def test_files_are_made_with_the_users_mask(mask, file, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    before = os.umask(mask)
+    try:
+        flags = ["--reference.cache", "auto", "--train.save_steps", 1, "--train.max_steps", 2]
+        run(config(tmp_path, *flags, "--train.report_to", "tensorboard"))
+    finally:
+        os.umask(before)
+    made = [*(tmp_path / "run").rglob("*"), *(tmp_path / "cache").rglob("*")]
+    assert {"tokenizer.json", "pairs.arrow", "metrics.jsonl"} <= {path.name for path in made}
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in made}
+    wrong = {p: oct(mode) for p, mode in modes.items() if mode != (folder if p.is_dir() else file)}
+    assert wrong == {}
 
 
 # ------------------------------------------------------------------------------------ checkpoints
