@@ -50,6 +50,19 @@ def pytest_runtest_setup(item):
         del os.environ["CUDA_VISIBLE_DEVICES"]
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Last of all: how many attempts on its security were held, and what came of mutated files."""
+    reports = [r for r in terminalreporter.getreports("passed") if r.when == "call"]
+    failed = terminalreporter.getreports("failed")
+    attempts = [r for r in (*reports, *failed) if r.nodeid.startswith("tests/security/")]
+    if attempts:
+        held = sum(r in reports for r in attempts)
+        terminalreporter.write_line(f"security: {len(attempts)} attempts, {held} held")
+    for report in (*reports, *failed):
+        for _, figures in report.user_properties:
+            terminalreporter.write_line(f"{report.nodeid.split('/')[1]}: {figures}")
+
+
 @pytest.fixture
 def as_if_cuda(monkeypatch):
     """Tensors of the CPU that say they are a GPU's: the branches for it, with numbers."""

@@ -327,23 +327,23 @@ def _load_adapter(
             "adapter_model.safetensors. Save it as safetensors, or set this key to true: a pickle "
             "is then read by torch's restricted reader."
         )
-    loaded = peft.PeftConfig.from_pretrained(folder)
-    loaded.lora_dropout = config.lora.dropout  # type: ignore[attr-defined]
-    notes.append(
-        f"adapter from {config.model.path}: r {settings['r']}, alpha {settings['lora_alpha']}, on "
-        f"{settings['base_model_name_or_path']}; of lora.*, only dropout is used"
-    )
     with explained(
         f"model.name_or_path: the adapter in {config.model.path} does not load onto "
         f"{settings['base_model_name_or_path']}",
         "Check that its files are whole and that this is its base. An adapter over a vocabulary "
         "that was resized needs the resized model as its base.",
     ):
+        loaded = peft.PeftConfig.from_pretrained(folder)
+        loaded.lora_dropout = config.lora.dropout  # type: ignore[attr-defined]
+        notes.append(
+            f"adapter from {config.model.path}: r {settings['r']}, alpha {settings['lora_alpha']}, "
+            f"on {settings['base_model_name_or_path']}; of lora.*, only dropout is used"
+        )
         model = peft.PeftModel.from_pretrained(base, folder, is_trainable=True, config=loaded)
-    _check_no_tied_adapter(base)
-    frozen = peft.PeftConfig.from_pretrained(folder)
-    frozen.lora_dropout = 0.0  # type: ignore[attr-defined]
-    model.add_adapter(REFERENCE_ADAPTER, frozen)
-    model.load_adapter(folder, REFERENCE_ADAPTER, is_trainable=False)
-    model.set_adapter("default")
+        _check_no_tied_adapter(base)
+        frozen = peft.PeftConfig.from_pretrained(folder)
+        frozen.lora_dropout = 0.0  # type: ignore[attr-defined]
+        model.add_adapter(REFERENCE_ADAPTER, frozen)
+        model.load_adapter(folder, REFERENCE_ADAPTER, is_trainable=False)
+        model.set_adapter("default")
     return model

@@ -23,6 +23,8 @@ _TOKENIZER_FILES = (
     *("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "spiece", "tekken"),
     *("sentencepiece", "chat_template"),
 )
+# Beyond any model, and little enough to be tried.
+_LARGEST = {"num_hidden_layers": 1000, "hidden_size": 2**18, "vocab_size": 2**24}
 _ADAPTER_FILES = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -34,8 +36,18 @@ class Adapter(NamedTuple):
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or its base's if an adapter has none."""
-    return from_hub_or_disk(AutoTokenizer, _with_tokenizer(model))
+    """The model's tokenizer, or its base's if an adapter has none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    tokenizer = from_hub_or_disk(AutoTokenizer, _with_tokenizer(model))
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise UserError(
+            f"model.name_or_path: in the tokenizer of {model.path}, model_max_length is "
+            f"{tokenizer.model_max_length!r}, wanted a number. Correct tokenizer_config.json."
+        )
+    return tokenizer
 
 
 def _with_tokenizer(model: ModelConfig) -> ModelConfig:
@@ -71,8 +83,20 @@ def local_folder(model: ModelConfig) -> Path:
 
 
 def load_shape(model: ModelConfig) -> PreTrainedConfig:
-    """config.json of the model, or of the base that an adapter names."""
-    return from_hub_or_disk(AutoConfig, base_of(model))
+    """config.json of the model, or of the base that an adapter names.
+
+    Raises:
+        UserError: it cannot be read, or asks for what no model has: memory and hours.
+    """
+    shape = from_hub_or_disk(AutoConfig, base_of(model))
+    text = shape.get_text_config()
+    for name, most in _LARGEST.items():
+        if not isinstance(given := getattr(text, name, 1), int) or not 0 < given <= most:
+            raise UserError(
+                f"model.name_or_path: {base_of(model).path}/config.json has {name} {given!r}, "
+                f"wanted 1 to {most}. Check that the file is whole."
+            )
+    return shape
 
 
 def stored_quantization(model: ModelConfig) -> str | None:
@@ -127,14 +151,15 @@ def base_of(model: ModelConfig) -> ModelConfig:
     """The model itself, or the base that an adapter names.
 
     Raises:
-        UserError: that base is an adapter too.
+        UserError: it names none, or one that is an adapter too.
     """
     adapter = adapter_of(model)
     if adapter is None:
         return model
     name, revision = (adapter.settings.get(k) for k in ("base_model_name_or_path", "revision"))
-    base = replace(model, name_or_path=name or "", revision=revision)
-    if not name or adapter_of(base):
+    is_name = isinstance(name, str) and name and isinstance(revision, str | None)
+    base = replace(model, name_or_path=name, revision=revision) if is_name else model
+    if base is model or adapter_of(base):
         raise UserError(
             f"model.name_or_path: got {model.path!r}, an adapter on {name!r}, wanted one on a "
             "whole model. Merge the lower one first, and name the result in adapter_config.json."
@@ -146,12 +171,20 @@ def adapter_of(model: ModelConfig) -> Adapter | None:
     """The adapter that a folder or a repository of the hub holds, found as transformers does.
 
     A config.json beside it, as some trainers save one, makes no model of it.
+
+    Raises:
+        UserError: its adapter_config.json cannot be read.
     """
     local = Path(model.path).is_dir()
     folder = Path(model.path) if local else _hub_adapter(model.path, model.revision)
     if folder is None or not (folder / "adapter_config.json").is_file():
         return None
-    return Adapter(folder, json.loads((folder / "adapter_config.json").read_text()))
+    file = folder / "adapter_config.json"
+    with explained(f"model.name_or_path: {file} cannot be read", "Check that it is whole."):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise TypeError("no JSON object")
+        return Adapter(folder, settings)
 
 
 @cache  # one question to the hub, however often the name is looked up

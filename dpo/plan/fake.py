@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo.config import Config, ModelConfig
 from dpo.data.stream import TokenizedPair, build_stream
-from dpo.errors import UserError
 from dpo.model.load import Policy, build_policy, without_peft
-from dpo.model.named import check_stored_quantization, load_shape
+from dpo.model.named import check_stored_quantization, explained, load_shape
 from dpo.model.reference import adapter_off
 from dpo.model.scorer import Scorer
 from dpo.plan.memory import PeakBytes
@@ -141,16 +140,14 @@ def meta_model(model: ModelConfig) -> PreTrainedModel:
     check_stored_quantization(model)
     shape = load_shape(model)
     dtype = shape.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                shape, dtype=dtype or torch.float32, trust_remote_code=model.trust_remote_code
-            )
-    except ValueError as error:
-        raise UserError(
-            f"model.name_or_path: got {model.name_or_path}, whose config.json describes no "
-            f"causal language model ({str(error).splitlines()[0]}). Name one."
-        ) from None
+    problem = "whose config.json describes no causal language model"
+    with (
+        explained(f"model.name_or_path: got {model.path!r}, {problem}", "Name one."),
+        torch.device("meta"),
+    ):
+        return AutoModelForCausalLM.from_config(
+            shape, dtype=dtype or torch.float32, trust_remote_code=model.trust_remote_code
+        )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dpo import run_folder
-from dpo.cli import save
+from dpo.cli import load, save
 from dpo.config import Config, absolute, as_saved
 from dpo.data.loader import list_sources
 from dpo.data.order import Order
 from dpo.errors import UserError
 from dpo.model.load import is_adapted, load_weights
+from dpo.model.named import explained
 from dpo.run_folder import (
     checkpoint_name,
     checkpoint_step,
@@ -39,6 +40,7 @@ from dpo.run_folder import (
     read_whole,
 )
 from dpo.sealed import damage, written_aside
+from dpo.train.optim import load_moments
 from dpo.train.tree import load_tree, save_tree
 
 # They say when a run ends: with others, also a finished run goes on.
@@ -181,8 +183,8 @@ def check_end(config: Config, checkpoint: Path, order: Order) -> int:
         UserError: the run has taken as many steps as it is to have now, or more.
     """
     folder, done = checkpoint.parent, _step_of(checkpoint)
-    saved = yaml.safe_load((checkpoint / run_folder.CONFIG).read_text())["train"]
-    ends = {key: saved[key] for key in ("max_steps", "num_train_epochs")}
+    saved = load(checkpoint / run_folder.CONFIG).train
+    ends = {key: getattr(saved, key) for key in ("max_steps", "num_train_epochs")}
     planned = replace(config.train, **ends).num_steps(order.steps_per_epoch)
     is_finished = config.train.resume == "auto" and (folder / run_folder.SUMMARY).exists()
     if is_finished:
@@ -261,15 +263,26 @@ def load_checkpoint(
     Raises:
         UserError: it is not the same run: what `identity` holds has changed since.
     """
-    state = json.loads((checkpoint / "state.json").read_text())
+    state = read_whole(checkpoint / "state.json", {})
     _check_same_run(checkpoint, state, identity)
     load_weights(checkpoint, model)
     pickled = checkpoint / "optimizer.pt"  # of versions up to 0.4.0
     if pickled.exists():
-        optimizer.load_state_dict(torch.load(pickled, map_location="cpu", weights_only=True))
+        saved = torch.load(pickled, map_location="cpu", weights_only=True)
     else:
-        optimizer.load_state_dict(load_tree(checkpoint / "optimizer"))
+        saved = load_tree(checkpoint / "optimizer")
+    load_moments(optimizer, saved)
     return state
+
+
+def explained_state(checkpoint: Path | None) -> AbstractContextManager[None]:
+    """Inside, what is wrong with the contents of a checkpoint whose sums are right is one message.
+
+    Such a one was written by others: sums protect from damage, not from strangers.
+    """
+    remedy = "Take another checkpoint, or set train.resume to never."
+    problem = f"train.resume: {checkpoint} cannot be read"
+    return explained(problem, remedy) if checkpoint else nullcontext()
 
 
 def _check_same_run(checkpoint: Path, state: dict[str, Any], now: Identity) -> None:
@@ -381,6 +394,7 @@ def _changed(config: Config, file: Path) -> dict[str, str]:
         {
             f"{section}.{key}": value
             for section, keys in nested.items()
+            if isinstance(keys, dict)
             for key, value in keys.items()
         }
         for nested in (saved, as_saved(config))
@@ -402,7 +416,13 @@ def _moved(value: Any) -> Any:
 
 
 def _step_of(checkpoint: Path) -> int:
-    return json.loads((checkpoint / "state.json").read_text())["step"]
+    step = read_whole(checkpoint / "state.json", {}).get("step")
+    if not isinstance(step, int):
+        raise UserError(
+            f"train.resume: {checkpoint}/state.json has step {step!r}, wanted a number. Take "
+            "another checkpoint, or set train.resume to never."
+        )
+    return step
 
 
 def _put_aside(path: Path) -> None:

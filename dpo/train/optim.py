@@ -99,7 +99,30 @@ class MasterWeights(torch.optim.Optimizer):
         ):
             copy.copy_(its_copy)
             weight.copy_(copy)
-            optimizer.load_state_dict(its_state)
+            load_moments(optimizer, its_state)
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Restores the moments of AdamW; its options are the configuration's, which is the same.
+
+    Raises:
+        ValueError: they do not belong to these weights; a kernel would read beyond their end.
+    """
+    if isinstance(optimizer, MasterWeights):
+        optimizer.load_state_dict(saved)
+        return
+    own = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+    for weight, state in optimizer.state.items():
+        names = ("state1", "state2") if "state1" in state else ("exp_avg", "exp_avg_sq")
+        blocks = math.ceil(weight.numel() / 256)  # of 8-bit moments, each with a scale
+        wanted = dict.fromkeys(names, weight.shape) | {"qmap1": (256,), "absmax1": (blocks,)}
+        wanted |= {"qmap2": (256,), "absmax2": (blocks,)}
+        for name, shape in wanted.items():
+            if (name in names or name in state) and tuple(state[name].shape) != tuple(shape):
+                raise ValueError(
+                    f"the optimizer's {name} is {tuple(state[name].shape)}, wanted {tuple(shape)}"
+                )
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dpo.data.order import Order
 from dpo.data.stream import Stream, TokenizedPair, build_stream
+from dpo.errors import SelfCheckError
 from dpo.model.models import Models
 from dpo.model.scorer import Scorer
 
@@ -40,7 +41,7 @@ def check_start(
         is_compiled: the layers are compiled.
 
     Raises:
-        RuntimeError: saying what differs, and by how much.
+        SelfCheckError: saying what differs, and by how much.
     """
     for name, module in models.scorer.named_modules():
         if "lora_dropout" in name:  # the policy has it, the reference does not
@@ -71,7 +72,7 @@ def shortest_pairs(pairs: Sequence[TokenizedPair], order: Order) -> Stream:
 
 def _check_reference(difference: Tensor, *, allowed: float, is_cached: bool) -> None:
     if not difference <= allowed:
-        raise RuntimeError(
+        raise SelfCheckError(
             f"self-check: before the first update the policy must be the reference, but the "
             f"log-prob of a token differs by {difference:.3g} nats, wanted at most {allowed}. "
             "Training would pull towards another model."
@@ -86,7 +87,7 @@ def check_compiled(models: Models, stream: Stream, accelerator: Accelerator) -> 
     weights that have a gradient are enough, since it comes through all layers.
 
     Raises:
-        RuntimeError: they differ.
+        SelfCheckError: they differ.
     """
 
     def gradient(weights: list[torch.nn.Parameter]) -> tuple[Tensor | None, ...]:
@@ -106,7 +107,7 @@ def check_compiled(models: Models, stream: Stream, accelerator: Accelerator) -> 
         whole += float(theirs.square().sum())
     difference, allowed = (wrong / whole) ** 0.5, 0.2 if models.is_rounded else 1e-3
     if not difference <= allowed:
-        raise RuntimeError(
+        raise SelfCheckError(
             f"self-check: the gradient of compiled layers differs by {difference:.3g} of its norm "
             f"from that of plain ones, wanted at most {allowed}. Set model.compile to false, or "
             "install a newer torch."
@@ -116,7 +117,7 @@ def check_compiled(models: Models, stream: Stream, accelerator: Accelerator) -> 
 def _check_layouts(shared: Tensor, padded: Tensor, *, allowed: float) -> None:
     mean = (shared - padded).abs().mean().item()
     if not mean <= allowed:
-        raise RuntimeError(
+        raise SelfCheckError(
             f"self-check: shared and padded layouts differ by {mean:.3g} nats per token, "
             f"wanted at most {allowed}. Set model.attention to padded and report the model."
         )

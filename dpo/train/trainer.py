@@ -64,7 +64,7 @@ def train(config: Config) -> Path:
     Raises:
         UserError: what the configuration asks for cannot be done; nothing was lost.
         Stopped: a signal has asked for it; the run is saved.
-        RuntimeError: the start-up self-check shows numbers that cannot be trusted.
+        SelfCheckError: the start-up self-check shows numbers that cannot be trusted.
     """
     run = Run(config)
     run.check_start()
@@ -129,22 +129,23 @@ class Run:
         self.output = Output(config, models, data, self.tokenizer, self.tracker, device)
         # The reference is what the policy was at step 0, so a checkpoint is loaded only now.
         state = {}
-        if resume_from:
-            state = checkpoints.load_checkpoint(
-                resume_from, policy.model, self.optimizer.optimizer, self.identity
+        with checkpoints.explained_state(resume_from):
+            if resume_from:
+                state = checkpoints.load_checkpoint(
+                    resume_from, policy.model, self.optimizer.optimizer, self.identity
+                )
+            self.start_step: int = state.get("step", 0)
+            self._evaluated_at: int = state.get("evaluated_at", self.start_step or -1)
+            name = config.train.metric_for_best_model or ""
+            best = state.get("best") or {}  # versions up to 0.4.0 kept its value alone
+            self.best: dict[str, float] = best if isinstance(best, dict) else {name: best}
+            self.misses: int = state.get("misses", 0) if name in self.best else 0
+            self.means = RunningMeans(device)
+            if state and accelerator.is_main_process:
+                self.means.load(state["sums"])
+            budget = token_budget(
+                config, accelerator, models, probe, data.train.longest_in_files, state
             )
-        self.start_step: int = state.get("step", 0)
-        self._evaluated_at: int = state.get("evaluated_at", self.start_step or -1)
-        name = config.train.metric_for_best_model or ""
-        best = state.get("best") or {}  # versions up to 0.4.0 kept its value alone
-        self.best: dict[str, float] = best if isinstance(best, dict) else {name: best}
-        self.misses: int = state.get("misses", 0) if name in self.best else 0
-        self.means = RunningMeans(device)
-        if state and accelerator.is_main_process:
-            self.means.load(state["sums"])
-        budget = token_budget(
-            config, accelerator, models, probe, data.train.longest_in_files, state
-        )
 
         on_main(accelerator, lambda: check_disk(config, self.output.sizes, order))
         # Nothing is written before this line: until here, the configuration may prove wrong.

@@ -32,7 +32,7 @@ def start(folder, name, cache):
     )
 
 
-def test_killed_runs_end_as_the_straight_one(tmp_path, capsys):
+def test_killed_runs_end_as_the_straight_one(tmp_path, record_property):
     chance = random.Random(os.environ.get("CHAOS_SEED", "0"))
     began = time.monotonic()
     alone = start(tmp_path, "straight", "cache-of-the-straight")
@@ -57,6 +57,6 @@ def test_killed_runs_end_as_the_straight_one(tmp_path, capsys):
                 in_a_save += any(folder.glob(".checkpoint-*")) or any(folder.glob(".best"))
         differing += outcome(folder) != straight
         assert len(list_checkpoints(folder)) == 2
-    with capsys.disabled():
-        print(f"\n{kills} kills ({in_a_save} in a save) over {runs} runs: {differing} differ")
+    figures = f"{kills} kills ({in_a_save} in a save) over {runs} runs: {differing} differ"
+    record_property("figures", figures)
     assert differing == 0

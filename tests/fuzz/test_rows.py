@@ -92,7 +92,7 @@ def tokenizer():
     return load_tokenizer(parse([]).model)
 
 
-def test_a_mutated_row_is_kept_dropped_or_refused_by_its_place(tokenizer, capsys):
+def test_a_mutated_row_is_kept_dropped_or_refused_by_its_place(tokenizer, record_property):
     chance = random.Random(0)
     audit, refused, tracebacks, nameless = Audit(), 0, [], []
     chat = ChatTokenizer(tokenizer, tokenizer.chat_template, ROOM, audit)
@@ -114,17 +114,14 @@ def test_a_mutated_row_is_kept_dropped_or_refused_by_its_place(tokenizer, capsys
                 nameless.append(str(error)[:200])
         except Exception as error:
             tracebacks.append((format, json.dumps(value, default=str)[:300], repr(error)[:200]))
-    with capsys.disabled():
-        print(
-            f"\n{MUTATIONS} rows: {audit.pairs_kept} kept, {audit.num_dropped} dropped, "
-            f"{refused} refused, {len(tracebacks)} tracebacks"
-        )
+    outcome = f"{audit.pairs_kept} kept, {audit.num_dropped} dropped, {refused} refused"
+    record_property("figures", f"{MUTATIONS} rows: {outcome}, {len(tracebacks)} tracebacks")
     assert tracebacks == [], tracebacks[:5]
     assert audit.rows_read == audit.pairs_kept + audit.num_dropped
     assert nameless == [], nameless[:5]
 
 
-def test_a_mutated_configuration_is_read_or_refused_with_a_reason(tmp_path, capsys):
+def test_a_mutated_configuration_is_read_or_refused_with_a_reason(tmp_path, record_property):
     chance = random.Random(1)
     whole = yaml.safe_load(QUICKSTART.read_text())
     file, read, refused, tracebacks, nameless = tmp_path / "c.yaml", 0, 0, [], []
@@ -145,9 +142,6 @@ def test_a_mutated_configuration_is_read_or_refused_with_a_reason(tmp_path, caps
             nameless += [str(error)] * (len(str(error)) < 20)
         except Exception as error:
             tracebacks.append((file.read_bytes()[-300:], repr(error)[:200]))
-    with capsys.disabled():
-        print(
-            f"\n{MUTATIONS // 10} configurations: {read} read, {refused} refused, "
-            f"{len(tracebacks)} tracebacks"
-        )
+    outcome = f"{read} read, {refused} refused, {len(tracebacks)} tracebacks"
+    record_property("figures", f"{MUTATIONS // 10} configurations: {outcome}")
     assert (tracebacks, nameless) == ([], []), (tracebacks + nameless)[:3]
