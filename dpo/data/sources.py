@@ -13,7 +13,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -317,10 +317,22 @@ def _table(name: str, rows: Any, digest: Callable[[], str] | None = None) -> Sou
     return Source(
         name=name,
         unit="row",
-        read=lambda: (Row(n, _own_keys(value)) for n, value in enumerate(plain, start=1)),
+        read=lambda: _table_rows(name, plain),
         count=lambda: len(plain),
         digest=digest or (lambda: rows._fingerprint),
     )
+
+
+def _table_rows(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    number = 0
+    try:
+        for number, value in enumerate(rows, start=1):
+            yield Row(number, _own_keys(value))
+    except UnicodeDecodeError as error:  # Arrow keeps bytes, and compares no text with UTF-8
+        raise UserError(
+            f"{name}, row {number + 1} cannot be read: its text is not UTF-8 ({error.reason}). "
+            "Write it again."
+        ) from None
 
 
 def _own_keys(row: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import OfflineModeIsEnabled
@@ -390,3 +392,12 @@ def test_json_is_read_without_importing_datasets(write):
     run = [sys.executable, "-c", code]
     out = subprocess.run(run, check=True, capture_output=True, text=True)
     assert out.stdout == "3 False\n"
+
+
+def test_text_in_a_table_that_is_not_utf_8_is_refused_by_its_row(tmp_path):
+    """Arrow reads it without a word; Python cannot."""
+    text = pa.array([b"a", b"\xff"], pa.binary()).cast(pa.string(), safe=False)
+    rows = dict.fromkeys(("prompt", "chosen", "rejected"), text)
+    pyarrow.parquet.write_table(pa.table(rows), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows.parquet, row 2 cannot be read: its text is not UTF"):
+        list(open_source(str(tmp_path / "rows.parquet")))
