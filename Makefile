@@ -9,7 +9,7 @@ LAUNCH := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dyna
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: train article test test-quick test-slow test-oldest test-browser chaos fuzz check clean
+.PHONY: train article test test-quick test-slow test-oldest test-browser chaos fuzz audit check clean
 
 train: .venv/installed
 	$(BIN)/accelerate launch $(LAUNCH) scripts/train.py
@@ -57,6 +57,14 @@ test-browser: .venv/installed-dev
 	command -v chromium || { $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends chromium; }
 	DPO_BROWSER_REQUIRED=1 $(BIN)/python -m pytest -m browser
 
+# Known vulnerabilities of the pinned packages, by pip-audit in an environment of its own; it needs a
+# network, and fails where a package could not be looked up.
+AUDIT := .venv-audit
+audit:
+	test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet pip-audit==2.10.0; }
+	$(AUDIT)/bin/pip-audit -r constraints.txt --no-deps --disable-pip --progress-spinner off -f json 2>/dev/null \
+		| $(PYTHON) .ci/audit.py
+
 check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,4 +87,4 @@ $(OLDEST)/installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv $(OLDEST) build dist *.egg-info
+	rm -rf .venv $(OLDEST) $(AUDIT) build dist *.egg-info

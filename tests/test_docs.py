@@ -1,6 +1,7 @@
 """The documents tell the truth: links, anchors, tables, and the keys that they name."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import re
 from pathlib import Path
@@ -99,3 +100,20 @@ def test_the_page_of_refusals_is_what_the_code_says():
     assert (ROOT / "docs" / "what_is_refused.md").read_text() == module.page()
     said = module.refusals(ast.parse('def f(x):\n    raise UserError(f"no {x}: " "take y")'))
     assert list(said) == ["no {x}: take y"]
+
+
+def test_the_list_of_licences_is_what_the_pinned_packages_say():
+    """`python docs/licences.py > docs/licences.md` writes it anew; other versions may differ."""
+    spec = importlib.util.spec_from_file_location("licences", ROOT / "docs" / "licences.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "docs" / "licences.md").read_text()
+    assert text.startswith(module.INTRODUCTION)
+    listed = dict(re.findall(r"^\| ([\w.-]+) \| (.+) \|$", text, re.MULTILINE))
+    listed.pop("package")
+    assert listed.keys() == module.pinned().keys()
+    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+    installed = {name: version.split("+")[0] for name, version in installed.items()}
+    same = [name for name, v in module.pinned().items() if installed.get(name.lower()) == v]
+    assert len(same) > 60
+    assert {name: listed[name] for name in same} == {name: module.licence(name) for name in same}

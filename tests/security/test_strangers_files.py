@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from dpo.cli import parse
 from dpo.data.files import cache_folder, use_a_writable_cache
 from dpo.errors import UserError
 from dpo.model.load import load_policy
-from dpo.model.named import load_tokenizer
+from dpo.model.named import load_shape, load_tokenizer
 from dpo.report.page import write_report
 from dpo.train.tree import load_tree, save_tree
 from tests.models import QUICKSTART_MODEL
@@ -114,6 +115,34 @@ def test_that_such_code_ran_is_in_the_models_card(is_trusted, tmp_path):
     assert ("model.trust_remote_code" in (tmp_path / "README.md").read_text()) == is_trusted
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 10**9),
+        ("hidden_size", 2**30),
+        ("vocab_size", 10**30),
+        ("num_hidden_layers", "4"),
+        ("hidden_size", -1),
+    ],
+)
+def test_a_shape_beyond_any_model_is_refused_before_anything_is_built(key, value, tmp_path):
+    folder = shutil.copytree(QUICKSTART_MODEL, tmp_path / "model")
+    shape = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(shape | {key: value}))
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"model.name_or_path: .*{key}"):
+        load_shape(parse(["--model.name_or_path", str(folder)]).model)
+    assert time.monotonic() - began < 2
+
+
+def test_a_tokenizer_whose_longest_text_is_no_number_is_refused(tmp_path):
+    folder = shutil.copytree(QUICKSTART_MODEL, tmp_path / "model")
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(said | {"model_max_length": [1]}))
+    with pytest.raises(UserError, match=r"model_max_length is \[1\], wanted a number"):
+        load_tokenizer(parse(["--model.name_or_path", str(folder)]).model)
+
+
 # ------------------------------------------------------------------------------ folders of others
 
 
@@ -189,6 +218,45 @@ def test_an_older_checkpoint_runs_no_code(tmp_path):
     with pytest.raises(Exception, match="Weights only load failed"):
         run(config(tmp_path, "--train.save_steps", 2, *on))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["adamw", "paged_adamw_32bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("how", ["short", "missing"])
+def test_moments_of_another_shape_are_refused(how, name, dtype, tmp_path):
+    """A kernel would read beyond their end. The sums are right: a stranger wrote them."""
+    flags = ["--optim.name", name, "--model.dtype", dtype, "--train.save_steps", 2]
+    checkpoint = run(config(tmp_path, *flags)) / "checkpoint-2"
+    tree = load_tree(checkpoint / "optimizer")
+    moments = tree if "state" in tree else tree["optimizers"][0]
+    moments = moments["state"][0].get("__bnb_optimizer_quant_state__", moments["state"][0])
+    second = "state2" if "state2" in moments else "exp_avg_sq"
+    moments[second] = moments[second].flatten()[:3].clone()
+    if how == "missing":
+        del moments[second]
+    shutil.rmtree(checkpoint / "optimizer")
+    save_tree(tree, checkpoint / "optimizer")
+    sealed.seal(checkpoint)
+    on = ["--train.resume", checkpoint, "--train.output_dir", tmp_path / "on"]
+    with pytest.raises(UserError, match=f"train.resume: {checkpoint} cannot be read .*{second}"):
+        run(config(tmp_path, *flags, *on))
+
+
+def test_the_options_of_an_optimizer_are_the_configurations(tmp_path):
+    """A stranger's learning rate or betas would be taken without a word."""
+    straight = run(config(tmp_path, "--train.save_steps", 2))
+    checkpoint = straight / "checkpoint-2"
+    tree = load_tree(checkpoint / "optimizer")
+    for group in tree["param_groups"]:
+        group |= {"betas": [0.0, 0.0], "weight_decay": 0.5}
+    shutil.rmtree(checkpoint / "optimizer")
+    save_tree(tree, checkpoint / "optimizer")
+    sealed.seal(checkpoint)
+    on = ["--train.resume", checkpoint, "--train.output_dir", tmp_path / "on"]
+    resumed = run(config(tmp_path, "--train.save_steps", 2, *on))
+    assert training(resumed)[-1] == training(straight)[-1]
+    ours, theirs = (f / "final" / "adapter_model.safetensors" for f in (resumed, straight))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_a_tree_comes_back_as_it_was(tmp_path):
