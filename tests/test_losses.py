@@ -7,7 +7,15 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from dpo.losses import LOSSES, PairLogps, hinge, implicit_rewards, ipo, sigmoid
+from dpo.losses import (
+    LOSSES,
+    WITHOUT_REFERENCE,
+    PairLogps,
+    hinge,
+    implicit_rewards,
+    ipo,
+    sigmoid,
+)
 
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
@@ -218,75 +226,20 @@ def test_the_reward_margin_is_what_the_sigmoid_loss_reads():
     torch.testing.assert_close(sigmoid(logps, beta=0.3), wanted, rtol=1e-12, atol=1e-14)
 
 
-# ------------------------------------------------------------------------ laws for every loss
-
-
-@every_loss
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("gap", [-1e4, 1e4])
-def test_value_and_gradient_are_finite_at_huge_gaps(loss, dtype, gap):
-    logps = pairs([gap], dtype=dtype, requires_grad=True)
-    losses = loss(logps, beta=0.5)
-    losses.sum().backward()
-    assert losses.isfinite().all()
-    assert logps.policy_chosen_logps.grad.isfinite().all()
-    assert logps.policy_rejected_logps.grad.isfinite().all()
+# ------------------------------------- laws for every loss; more are in tests/test_every_loss.py
 
 
 def test_a_naive_sigmoid_is_not_finite_at_a_huge_gap():
-    """The negative control of the law above: log(sigmoid(z)) as it is often written."""
+    """The negative control of that law: log(sigmoid(z)) as it is often written."""
     logps = pairs([-1e4], dtype=torch.float32)
     assert not torch.log(torch.sigmoid(0.5 * logps.logratio_gap)).isfinite().all()
 
 
-@every_loss
-def test_gradcheck_passes_in_float64(loss):
-    """Gaps -3, 0.5 and 7 with beta 0.3: 1 - 0.3 gap is 1.9, 0.85, -1.1, away from hinge's kink."""
-    logps = pairs([-3.0, 0.5, 7.0])
-    inputs = [vector.clone().requires_grad_() for vector in list(vars(logps).values())[:4]]
-
-    def losses(*vectors):
-        return loss(PairLogps(*vectors, logps.chosen_lengths, logps.rejected_lengths), beta=0.3)
-
-    assert torch.autograd.gradcheck(losses, inputs)
+MONOTONE = LOSSES.keys() - WITHOUT_REFERENCE - {"discopop", "apo_down"}  # these two turn near 0
 
 
-@every_loss
-def test_permuting_pairs_permutes_losses(loss):
-    logps = random_pairs(16)
-    order = torch.randperm(16)
-    losses = loss(logps, beta=0.1)
-    assert torch.equal(loss(permuted(logps, order), beta=0.1), losses[order])
-    assert len(set(losses.tolist())) > 4  # a constant loss would pass
-
-
-@every_loss
-def test_one_pair_alone_has_the_loss_that_it_has_among_others(loss):
-    logps = random_pairs(16)
-    alone = [loss(permuted(logps, slice(i, i + 1)), beta=0.1).item() for i in range(16)]
-    assert alone == pytest.approx(loss(logps, beta=0.1).tolist(), rel=1e-6)
-
-
-@every_loss
-def test_a_constant_added_to_policy_and_reference_alike_changes_nothing(loss):
-    """Chosen log-probs shift by 7 under both models, rejected ones by -11; the ratios stay."""
-    logps = random_pairs(16, dtype=torch.float64)
-    shifted = PairLogps(
-        logps.policy_chosen_logps + 7,
-        logps.policy_rejected_logps - 11,
-        logps.ref_chosen_logps + 7,
-        logps.ref_rejected_logps - 11,
-        logps.chosen_lengths,
-        logps.rejected_lengths,
-    )
-    torch.testing.assert_close(
-        loss(shifted, beta=0.1), loss(logps, beta=0.1), rtol=1e-10, atol=1e-10
-    )
-
-
-@every_loss
+@pytest.mark.parametrize("loss", [LOSSES[name] for name in sorted(MONOTONE)], ids=sorted(MONOTONE))
 def test_raising_the_reference_of_the_chosen_answer_raises_the_loss(loss):
-    """The negative control of the shift above: a shift of one model alone does matter."""
     logps = pairs([0.0, 1.0])
     harder = PairLogps(*vars(logps).values())
     object.__setattr__(harder, "ref_chosen_logps", logps.ref_chosen_logps + 1)
@@ -316,7 +269,9 @@ def test_the_dtype_of_the_log_probs_is_the_dtype_of_the_losses(loss, dtype):
     exact = PairLogps(*(v.double() if v.is_floating_point() else v for v in vars(logps).values()))
     wanted = loss(exact, beta=0.1)
     tolerance = {torch.float64: 0.0, torch.float32: 1e-5}.get(dtype, 2e-2)
-    torch.testing.assert_close(losses.double(), wanted, rtol=tolerance, atol=tolerance)
+    fits = wanted.abs() < 1000  # exponentials of alphapo leave half precision
+    assert fits.sum() >= 12
+    torch.testing.assert_close(losses[fits].double(), wanted[fits], rtol=tolerance, atol=tolerance)
 
 
 @every_loss
