@@ -5,16 +5,18 @@ imported where they are asked for, so that `--help` and a misspelt flag do not w
 """
 
 import copy
-import inspect
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from dpo.errors import UserError
+
+if TYPE_CHECKING:
+    from dpo.objective import Part
 
 PACKAGE = Path(__file__).parent
 
@@ -149,23 +151,51 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class LossConfig:
-    """The loss, one of dpo.losses.LOSSES."""
+class LossPart:
+    """One of several losses that are added."""
 
-    type: str = "sigmoid"
-    """Name of the loss."""
+    type: str
+    """As loss.type: a name of dpo.losses.LOSSES, or MODULE:FUNCTION."""
+    weight: float = 1.0
+    """What it is multiplied by."""
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+    """As loss.options, for this loss; also a beta of its own."""
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """The loss, one of dpo.losses.LOSSES, one's own, or a weighted sum."""
+
+    type: str | list[LossPart] = "sigmoid"
+    """Name of the loss; MODULE:FUNCTION, on Python's path; or a list of losses that are added."""
     beta: float = 0.1
     """Strength of the pull towards the reference; scales the rewards."""
     label_smoothing: float = 0.0
-    """sigmoid only: probability that a label is flipped, in [0, 0.5)."""
+    """Probability that a label is flipped, in [0, 0.5), of the losses that take it."""
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What else the loss takes, by the name in its function, such as {temperature: 0.1}."""
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The settings that the loss function takes, as keyword arguments."""
-        from dpo.losses import LOSSES
+    def parts(self) -> "list[Part]":
+        """Every loss with its weight and all of its keyword arguments."""
+        from dpo.objective import Part, takes_smoothing
 
-        accepted = inspect.signature(LOSSES[self.type]).parameters
-        return {key: value for key, value in asdict(self).items() if key in accepted}
+        given = self.type
+        if isinstance(given, str):
+            given = [LossPart(type=given, options=self.options)]
+        smoothing = {"label_smoothing": self.label_smoothing}
+        return [
+            Part(
+                part.type,
+                part.weight,
+                {
+                    "beta": self.beta,
+                    **(smoothing if takes_smoothing(part.type, self.label_smoothing) else {}),
+                    **part.options,
+                },
+            )
+            for part in given
+        ]
 
 
 @dataclass(kw_only=True)
@@ -284,6 +314,15 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    @property
+    def reference_mode(self) -> str:
+        """`reference.mode`; auto is zero where no loss reads a reference."""
+        from dpo.objective import needs_reference
+
+        if self.reference.mode == "auto" and not needs_reference(self.loss.parts):
+            return "zero"
+        return self.reference.mode
+
     note = ""  # what the command line chose by itself, for the run header; no key
 
     def check(self) -> None:
@@ -294,7 +333,7 @@ class Config:
         """
         map_paths(self, _on_this_machine)
         _check_ranges(self)
-        _check_loss(self.loss)
+        _check_loss(self.loss, self.reference_mode)
         self._check_model()
         self._check_held_out()
 
@@ -320,7 +359,7 @@ class Config:
                 "frozen",
                 "auto or adapter: with an adapter the frozen model is the base under it, for free",
             )
-        if reference.mode == "zero" and reference.cache not in ("auto", "off"):
+        if self.reference_mode == "zero" and reference.cache not in ("auto", "off"):
             refuse("reference.cache", reference.cache, "auto or off, since reference.mode is zero")
         if model.adapter == "none" and model.dtype == "float16":
             refuse(
@@ -374,7 +413,7 @@ class Config:
                 train.metric_for_best_model,
                 f"null or one of {', '.join(BEST_METRICS)}",
             )
-        if train.metric_for_best_model == "eval/kl" and self.reference.mode == "zero":
+        if train.metric_for_best_model == "eval/kl" and self.reference_mode == "zero":
             refuse("reference.mode", "zero", "another, since eval/kl chooses the best model")
         if train.metric_for_best_model == "eval/kl" and not train.eval_prompts:
             refuse("train.eval_prompts", 0, "at least 1, since eval/kl chooses the best model")
@@ -501,16 +540,19 @@ def _check_ranges(config: Config) -> None:
                 refuse("data.name_or_path", source.weight, wanted)
 
 
-def _check_loss(loss: LossConfig) -> None:
-    from dpo.losses import LOSSES
+def _check_loss(loss: LossConfig, reference_mode: str) -> None:
+    """Own functions are looked at where a run begins: to read a configuration runs no code."""
+    from dpo.objective import check_part, is_own
 
-    if loss.type not in LOSSES:
-        refuse("loss.type", loss.type, f"one of {', '.join(LOSSES)}")
-    for option in fields(LossConfig):
-        given = getattr(loss, option.name)
-        if option.name not in ("type", *loss.options) and given != option.default:
-            refuse(
-                f"loss.{option.name}",
-                given,
-                f"{option.default} (its default), since the {loss.type} loss has no such option",
-            )
+    if isinstance(loss.type, list) and (loss.options or not loss.type):
+        what = "no options beside a list" if loss.options else "a loss, or a list of some"
+        refuse("loss.options" if loss.options else "loss.type", loss.options or loss.type, what)
+    for part in loss.parts:
+        if not 0 < part.weight < float("inf"):
+            refuse("loss.type", part.weight, f"a weight above 0 for {part.name}")
+        if not is_own(part.name):
+            check_part(part, reference_mode)
+    if loss.label_smoothing and not any("label_smoothing" in p.arguments for p in loss.parts):
+        names = " and ".join(part.name for part in loss.parts)
+        wanted = f"0.0 (its default), since the {names} loss has no such option"
+        refuse("loss.label_smoothing", loss.label_smoothing, wanted)

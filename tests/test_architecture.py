@@ -12,8 +12,8 @@ SOURCES = [*sorted((ROOT / "dpo").rglob("*.py")), *sorted((ROOT / "scripts").rgl
 
 # Each imports only from its left, or from itself.
 ORDER = """
-errors hidden losses logps catalogue metrics config signals cli sealed run_folder table ranks device
-data model plan
+errors hidden imported losses objective logps catalogue metrics config signals cli sealed run_folder
+table ranks device data model plan
 evaluate report train after commands __main__ scripts
 """.split()
 OUTSIDE = ("", "quickstart")  # dpo/__init__.py, and the scripts that make the quickstart's files

@@ -10,11 +10,13 @@ from dpo.config import (
     DataSource,
     LoraConfig,
     LossConfig,
+    LossPart,
     ModelConfig,
     ReferenceConfig,
     TrainConfig,
 )
 from dpo.errors import UserError
+from dpo.objective import HELD_BY_REFERENCE
 
 ARTICLE = {
     "model.name_or_path": "teknium/OpenHermes-2.5-Mistral-7B",
@@ -192,12 +194,71 @@ def test_an_option_that_the_loss_does_not_have_is_refused(loss):
     assert f"the {loss} loss has no such option" in message
 
 
-def test_the_options_of_a_loss_are_those_that_its_function_takes():
-    assert LossConfig(beta=0.2, label_smoothing=0.1).options == {
-        "beta": 0.2,
-        "label_smoothing": 0.1,
-    }
-    assert LossConfig(type="ipo", beta=0.2).options == {"beta": 0.2}
+def test_the_arguments_of_a_loss_are_those_that_its_function_takes():
+    def parts(**settings):
+        return [(name, weight, given) for name, weight, given in LossConfig(**settings).parts]
+
+    smoothed = {"beta": 0.2, "label_smoothing": 0.1}
+    assert parts(beta=0.2, label_smoothing=0.1) == [("sigmoid", 1.0, smoothed)]
+    assert parts(type="ipo", beta=0.2) == [("ipo", 1.0, {"beta": 0.2})]
+    focal = {"beta": 0.2, "gamma": 2.0}
+    assert parts(type="focal", beta=0.2, options={"gamma": 2.0}) == [("focal", 1.0, focal)]
+    both = [LossPart(type="sigmoid", weight=0.8), LossPart(type="sft", options={"beta": 3.0})]
+    assert parts(type=both, beta=0.2, label_smoothing=0.1) == [
+        ("sigmoid", 0.8, smoothed),
+        ("sft", 1.0, {"beta": 3.0}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"type": "discopop", "options": {"temperatur": 1.0}}, "got temperatur, wanted one of"),
+        ({"type": "nca_pair", "options": {"gamma": 1.0}}, "got gamma, wanted none"),
+        ({"type": "focal", "options": {"gamma": -1.0}}, "got gamma -1.0, wanted 0 or more"),
+        ({"type": "focal", "options": {"gamma": "x"}}, "got gamma 'x', wanted 0 or more"),
+        ({"type": "focal", "options": {"gamma": True}}, "got gamma True, wanted 0 or more"),
+        ({"type": "sigmoid", "options": {"divergence": "kl"}}, "wanted reverse_kl, forward_kl"),
+        ({"type": "sigmoid", "options": {"label_smoothing": 0.5}}, "below 0.5"),
+        ({"type": "robust"}, "got 0.0, wanted above 0 and below 0.5: robust"),
+        ({"type": "exo_pair"}, "got 0.0, wanted above 0 and below 0.5: exo_pair"),
+        ({"type": []}, "wanted a loss, or a list of some"),
+        ({"type": [{"type": "sigmoid", "weight": 0.0}]}, "wanted a weight above 0 for sigmoid"),
+        ({"type": [{"type": "dpo"}]}, "got 'dpo', wanted one of sigmoid"),
+        ({"type": [{"type": "sigmoid"}], "options": {"a": 1}}, "wanted no options beside a list"),
+        ({"type": [{"type": "ipo"}], "label_smoothing": 0.1}, "the ipo loss has no such option"),
+    ],
+)
+def test_a_loss_that_cannot_be_honoured_is_refused(settings, said):
+    if isinstance(settings["type"], list):
+        settings = settings | {"type": [LossPart(**part) for part in settings["type"]]}
+    with pytest.raises(UserError) as refused:
+        Config(loss=LossConfig(**settings)).check()
+    assert said in str(refused.value)
+    assert str(refused.value).startswith("loss.")
+
+
+@pytest.mark.parametrize("name", sorted(HELD_BY_REFERENCE))
+def test_a_loss_that_its_reference_holds_is_refused_without_one(name):
+    reference = ReferenceConfig(mode="zero")
+    with pytest.raises(UserError, match=f"reference.mode: got zero, .* since {name} is held"):
+        Config(loss=LossConfig(type=name), reference=reference).check()
+    Config(loss=LossConfig(type=name)).check()
+    bent = LossConfig(type="sigmoid", options={"divergence": "js"})
+    with pytest.raises(UserError, match="since sigmoid is held by its reference"):
+        Config(loss=bent, reference=reference).check()
+
+
+def test_a_run_whose_losses_read_no_reference_has_none():
+    simpo, dpo = LossPart(type="simpo"), LossPart(type="sigmoid")
+    assert Config(loss=LossConfig(type="simpo")).reference_mode == "zero"
+    assert Config(loss=LossConfig(type=[simpo, dpo])).reference_mode == "auto"
+    given = ReferenceConfig(mode="adapter")
+    assert Config(loss=LossConfig(type="simpo"), reference=given).reference_mode == "adapter"
+
+
+def test_to_read_a_configuration_imports_no_loss_of_ones_own():
+    Config(loss=LossConfig(type="no_such_module:loss", options={"x": 1})).check()
 
 
 COMBINATIONS = {

@@ -126,7 +126,7 @@ def _pairs(finished: FinishedRun, options: EvaluateOptions) -> tuple[Pairs, str]
 
 def measure_pairs(finished: FinishedRun, pairs: Pairs, options: EvaluateOptions) -> dict[str, Any]:
     """The statistics of held-out pairs, by group; and whether the run had a reference."""
-    has_reference = choose_mode(finished.config.reference.mode, finished.policy) != "zero"
+    has_reference = choose_mode(finished.config.reference_mode, finished.policy) != "zero"
     return {
         "has_reference": has_reference,
         "beta": finished.config.loss.beta,
@@ -163,7 +163,7 @@ def _columns(finished: FinishedRun, pairs: Pairs, options: EvaluateOptions) -> C
 
 def before_training(finished: FinishedRun) -> TokenLogps:
     """Token log-probs of the model before training, also where the run had no reference."""
-    if choose_mode(finished.config.reference.mode, finished.policy) != "zero":
+    if choose_mode(finished.config.reference_mode, finished.policy) != "zero":
         return finished.reference
     with finished.before() as model:
         scorer = Scorer(model, finished.scorer.layout)

@@ -101,7 +101,7 @@ class FinishedRun:
     @cached_property
     def reference(self) -> Reference:
         """The reference that the run was trained against."""
-        mode = choose_mode(self.config.reference.mode, self.policy)
+        mode = choose_mode(self.config.reference_mode, self.policy)
         if mode == "frozen":
             assert self._before is not None
             return Reference(mode, self._before)

@@ -10,11 +10,9 @@ A judge reads a prompt and two answers to it, and says which is better:
 """
 
 import http.client
-import importlib
 import json
 import os
 import re
-import sys
 import threading
 import time
 import urllib.error
@@ -34,6 +32,7 @@ from tqdm import tqdm
 
 from dpo.errors import UserError
 from dpo.evaluate.statistics import length_controlled, wilson
+from dpo.imported import imported
 
 MAX_REPLY = 10 * 2**20  # bytes
 MAX_UNANSWERED = 8  # rows, one after another: then a server is not there
@@ -305,26 +304,13 @@ def load_judge(name: str, model: str | None = None) -> FunctionJudge | EndpointJ
         if "@" in urlsplit(name).netloc:
             raise UserError("--judge: the URL holds a password. Set OPENAI_API_KEY instead.")
         return EndpointJudge(name, model)
-    module_name, colon, function_name = name.partition(":")
-    if not (colon and module_name and function_name):
+    module, colon, function = name.partition(":")
+    if not (colon and module and function):
         raise UserError(
             f"--judge: got {name!r}, wanted exact_match, MODULE:FUNCTION or the URL of an "
             "OpenAI-compatible server."
         )
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise UserError(
-            f"--judge {name}: {error}. Give a module in the current folder or installed, and a "
-            "function in it."
-        ) from None
-    finally:
-        sys.path.remove(here)
-    if not callable(function):
-        raise UserError(f"--judge {name}: got a {type(function).__name__}, wanted a function.")
-    return FunctionJudge(name, function)
+    return FunctionJudge(name, imported(name, "--judge"))
 
 
 def judge_all(

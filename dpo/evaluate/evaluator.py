@@ -27,10 +27,11 @@ from dpo.data.stream import TokenizedPair, build_stream
 from dpo.data.templates import choose_template
 from dpo.evaluate.samples import generate
 from dpo.logps import pair_logps
-from dpo.losses import LOSSES, PairLogps
+from dpo.losses import PairLogps
 from dpo.metrics import pair_metrics
 from dpo.model.models import Models
 from dpo.model.reference import TokenLogps
+from dpo.objective import Objective
 from dpo.signals import Stopped, at_once
 
 
@@ -73,6 +74,7 @@ class Evaluator:
     """Everything that an evaluation needs; every rank calls `evaluate`."""
 
     config: Config
+    objective: Objective
     accelerator: Accelerator
     models: Models
     tokenizer: PreTrainedTokenizerBase
@@ -95,9 +97,8 @@ class Evaluator:
         logps = PairLogps(*torch.tensor([values for _, *values in rows]).unbind(1))
         samples = [sample for _, part in every for sample in part]
         samples.sort(key=lambda sample: sample["index"])
-        loss = self.config.loss
-        losses = LOSSES[loss.type](logps, **loss.options)
-        means = pair_metrics(logps, losses, beta=loss.beta).mean(dim=1)
+        losses = self.objective(logps)
+        means = pair_metrics(logps, losses, beta=self.config.loss.beta).mean(dim=1)
         metrics: dict[str, float] = dict(zip(PAIR_METRICS, means.tolist(), strict=True))
         if self.models.reference.mode != "zero":  # without one nothing says how far it went
             falls = -logps.chosen_logratios / logps.chosen_lengths

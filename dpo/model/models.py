@@ -69,7 +69,7 @@ def build_models(
     wrapped: nn.Module = scorer
     if will_train:
         wrapped = accelerator.prepare(scorer, device_placement=[False])
-    mode, store = choose_mode(config.reference.mode, policy), None
+    mode, store = choose_mode(config.reference_mode, policy), None
     if config.reference.cache != "off" and mode != "zero":
         kind = {"layout": scorer.layout, "device_type": accelerator.device.type}
         digest = on_main(accelerator, lambda: reference_digest(config.model, **kind))

@@ -248,4 +248,4 @@ def bytes_per_token(fake: FakePolicy, pairs: Sequence[TokenizedPair]) -> float:
 
 def has_frozen_copy(config: Config) -> bool:
     """Whether the reference is a second model."""
-    return config.model.adapter == "none" and config.reference.mode != "zero"
+    return config.model.adapter == "none" and config.reference_mode != "zero"

@@ -172,7 +172,7 @@ def time_on_this_cpu(
     model = without_numbers(config).model
     flops = costs(model).flops(
         work(stream.segments, len(stream.targets)),
-        live_reference=config.reference.mode != "zero",
+        live_reference=config.reference_mode != "zero",
     )
     num_pairs = order.num_steps * order.pairs_per_step / num_ranks
     rate = this_cpu(without_peft(model)).tflops
@@ -196,7 +196,7 @@ def disk_parts(config: Config, fake: FakePolicy, sample: Sample, order: Order) -
         "reference cache": round(pairs * (4 * sample.mean(scored) + PAIR_BYTES)),
         "merged model, if you merge": fake.num_base_weights() * fake.base.dtype.itemsize,
     }
-    if config.reference.mode == "zero" or config.reference.cache == "off":
+    if config.reference_mode == "zero" or config.reference.cache == "off":
         del parts["reference cache"]
     if config.model.adapter == "none":
         del parts["merged model, if you merge"]

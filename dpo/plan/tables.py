@@ -121,7 +121,7 @@ def _costs_table(
 ) -> Table:
     """FLOPs of a pair by part, of a step and of the run, with the reference live and cached."""
     live, cached = (model_costs.flops(pair, live_reference=is_live) for is_live in (True, False))
-    if config.reference.mode == "zero":
+    if config.reference_mode == "zero":
         live = cached
     pairs, steps = order.pairs_per_step, order.num_steps
     rows: list[Cells] = [("FLOPs", "reference each step", "reference cached")]

@@ -40,11 +40,10 @@ def cache_reference(config: Config) -> str:
         UserError: the configuration has no cache, or no reference.
     """
     config.check()
-    if config.reference.cache == "off" or config.reference.mode == "zero":
-        key = "cache" if config.reference.cache == "off" else "mode"
+    values = {"cache": config.reference.cache, "mode": config.reference_mode}
+    if key := next((k for k, value in values.items() if value in ("off", "zero")), None):
         raise UserError(
-            f"reference.{key}: got {getattr(config.reference, key)}, so there is nothing to cache. "
-            "Change it."
+            f"reference.{key}: got {values[key]}, so there is nothing to cache. Change it."
         )
     accelerator = build_accelerator(config, [])
     for said in use_a_writable_cache(Path(config.train.output_dir)):

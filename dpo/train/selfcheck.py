@@ -6,6 +6,7 @@ and nobody would see that it trains something else.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -14,8 +15,11 @@ from torch import Tensor
 from dpo.data.order import Order
 from dpo.data.stream import Stream, TokenizedPair, build_stream
 from dpo.errors import SelfCheckError
+from dpo.logps import pair_logps
+from dpo.losses import PairLogps
 from dpo.model.models import Models
 from dpo.model.scorer import Scorer
+from dpo.objective import Objective
 
 NUM_PAIRS = 2
 
@@ -23,6 +27,7 @@ NUM_PAIRS = 2
 def check_start(
     models: Models,
     stream: Stream,
+    objective: Objective,
     accelerator: Accelerator,
     *,
     is_first_start: bool,
@@ -31,11 +36,13 @@ def check_start(
     """Refuses to train on numbers that cannot be trusted.
 
     Both layouts must agree on a few pairs, and on a first start the policy must *be* the
-    reference, whether its log-probs are computed or come from a cache.
+    reference, whether its log-probs are computed or come from a cache: then every loss has a known
+    value, that of a policy compared with itself. One's own loss must be one finite number a pair.
 
     Args:
         models: the policy and its reference.
         stream: the few pairs.
+        objective: the losses of pairs.
         accelerator: of the run.
         is_first_start: no step has been taken, here or before a resume.
         is_compiled: the layers are compiled.
@@ -48,13 +55,18 @@ def check_start(
             module.eval()
     with torch.no_grad():
         policy = models.scorer(stream)
+        itself = pair_logps(policy, policy, stream.sequence_ids, stream.num_pairs)
+        _check_loss(objective, itself)
         if is_first_start and models.reference.mode != "zero":
-            difference = (policy - models.reference.peek(stream)).abs()
+            reference = models.reference.peek(stream)
+            difference = (policy - reference).abs()
             is_cached = models.reference.store is not None
             if is_cached and models.is_rounded:  # it was computed in other micro-batches
                 _check_reference(difference.mean(), allowed=0.02, is_cached=True)
             else:
                 _check_reference(difference.max(), allowed=1e-4, is_cached=is_cached)
+                logps = pair_logps(policy, reference, stream.sequence_ids, stream.num_pairs)
+                _check_first_loss(objective(logps), objective(itself))
         if models.layout == "shared":
             padded = Scorer(models.policy.model, attention="padded")(stream)
             _check_layouts(policy, padded, allowed=0.05 if models.is_rounded else 1e-4)
@@ -77,6 +89,36 @@ def _check_reference(difference: Tensor, *, allowed: float, is_cached: bool) -> 
             f"log-prob of a token differs by {difference:.3g} nats, wanted at most {allowed}. "
             "Training would pull towards another model."
             + (" The reference comes from a cache: try reference.cache off." if is_cached else "")
+        )
+
+
+def _check_loss(objective: Objective, logps: PairLogps) -> None:
+    with torch.enable_grad():
+        names = ("policy_chosen_logps", "policy_rejected_logps")
+        inputs = {name: getattr(logps, name).detach().requires_grad_() for name in names}
+        losses = objective(replace(logps, **inputs))
+        shape = (len(logps.chosen_lengths),)
+        if not (isinstance(losses, Tensor) and losses.shape == shape and losses.requires_grad):
+            got = f"{tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise SelfCheckError(
+                f"self-check: for {shape[0]} pairs the loss gave {got}, wanted a tensor {shape} "
+                "that depends on the policy's log-probs. Correct the function in loss.type."
+            )
+        grads = torch.autograd.grad(losses.sum(), [*inputs.values()], allow_unused=True)
+    for what, values in (("loss", losses), *(("gradient", g) for g in grads if g is not None)):
+        if not values.isfinite().all():
+            raise SelfCheckError(
+                f"self-check: before the first update the {what} of a pair is "
+                f"{values.tolist()}, wanted finite numbers. Change loss.type or its options."
+            )
+
+
+def _check_first_loss(losses: Tensor, known: Tensor) -> None:
+    difference = ((losses - known).abs() / (1 + known.abs())).max().item()
+    if not difference <= 0.05:
+        raise SelfCheckError(
+            f"self-check: the first loss must be {known.tolist()}, that of a policy which is its "
+            f"reference, but it is {losses.tolist()}. Report it with the configuration."
         )
 
 

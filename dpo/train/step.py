@@ -24,9 +24,10 @@ from dpo.data.order import Order, balance, micro_batches
 from dpo.data.stream import Stream, TokenizedPair, build_stream
 from dpo.errors import UserError
 from dpo.logps import pair_logps
-from dpo.losses import LOSSES, PairLogps
+from dpo.losses import PairLogps
 from dpo.metrics import RunningMeans, pair_metrics
 from dpo.model.models import Models
+from dpo.objective import Objective
 from dpo.plan.flops import Costs, work
 from dpo.train.budget import Budget
 from dpo.train.nonfinite import MAX_SKIPPED, NotFiniteError, bad_gradients, keep_findings
@@ -47,6 +48,7 @@ class TrainStep:
     """Takes optimizer steps; every rank calls it with the same step.
 
     Attributes:
+        objective: the losses of pairs, from their log-probs.
         pairs: those that the order's indices refer to.
         budget: how many tokens a micro-batch has, lowered if memory runs out.
         means: the pairs' metrics go here.
@@ -56,6 +58,7 @@ class TrainStep:
     """
 
     config: Config
+    objective: Objective
     accelerator: Accelerator
     models: Models
     optimizer: AcceleratedOptimizer
@@ -147,7 +150,7 @@ class TrainStep:
         flops = self.costs.flops(work(stream.segments, len(stream.targets), self.models.layout))
         self.interval.flops += flops.useful - flops.reference * self.models.reference.share_known
         logps = pair_logps(policy, reference, stream.sequence_ids, stream.num_pairs)
-        return logps, LOSSES[self.config.loss.type](logps, **self.config.loss.options)
+        return logps, self.objective(logps)
 
     def seed_dropout(self, step: int, micro_batch: int) -> None:
         """Makes LoRA's dropout a function of the place in the run: no state to save or restore."""

@@ -27,6 +27,7 @@ from dpo.evaluate.evaluator import Evaluator
 from dpo.metrics import RunningMeans
 from dpo.model.models import build_models
 from dpo.model.named import check_vocabulary, load_tokenizer
+from dpo.objective import checked_objective
 from dpo.plan.disk import check_disk
 from dpo.plan.flops import costs
 from dpo.plan.gpus import peak_tflops
@@ -93,6 +94,7 @@ class Run:
     def __init__(self, config: Config):
         config.check()
         self.config = config
+        self.objective = checked_objective(config.loss.parts, config.reference_mode)
         trackers = check_trackers(config.train.report_to)
         self.accelerator = accelerator = build_accelerator(config, trackers)
         device = accelerator.device
@@ -171,6 +173,7 @@ class Run:
         self.interval = LoggingInterval(Stopwatch(device), peak)
         self.train_step = TrainStep(
             config,
+            self.objective,
             accelerator,
             models,
             self.optimizer,
@@ -183,7 +186,9 @@ class Run:
             self.tracker.say,
             state.get("skipped", 0),
         )
-        self.evaluator = Evaluator(config, accelerator, models, self.tokenizer, data.held_out)
+        self.evaluator = Evaluator(
+            config, self.objective, accelerator, models, self.tokenizer, data.held_out
+        )
 
     def _load_data(self) -> PreferenceData:
         """The rows; if they are refused, a new folder gets the report that says which and why."""
@@ -212,6 +217,7 @@ class Run:
         check_start(
             self.models,
             shortest_pairs(self.data.train, self.order).to(self.accelerator.device),
+            self.objective,
             self.accelerator,
             is_first_start=not self.start_step,
             is_compiled=self.config.model.compile,
