@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,7 +119,7 @@ constant = 5
 def own(tmp_path, monkeypatch):
     (tmp_path / "my_losses.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "my_losses", raising=False)
+    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
 
 
 def test_a_loss_of_ones_own_is_named_by_module_and_function(own, tmp_path):
@@ -155,3 +158,36 @@ def test_one_that_is_none_is_refused_before_the_first_step(name, options, said, 
     settings.loss.options = options
     with pytest.raises(UserError, match=said):
         started(settings).check_start()
+
+
+def test_the_example_of_the_documentation_trains(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (command,) = re.findall(r"^dpo train (--loss.type my_losses.*)$", page, re.MULTILINE)
+    (tmp_path / "my_losses.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
+    folder = run(config(tmp_path, *command.split()))
+    assert first_step(folder)["train/loss"] == pytest.approx(math.log1p(math.exp(2)), rel=1e-4)
+
+
+def test_the_sum_of_the_documentation_is_read(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "sum.yaml").write_text(text)
+    parts = parse(["--config", str(tmp_path / "sum.yaml")]).loss.parts
+    assert [(p.name, p.weight, p.arguments["beta"]) for p in parts] == [
+        ("sigmoid", 0.8, 0.1),
+        ("nca_pair", 0.2, 0.01),
+        ("sft", 1.0, 0.1),
+    ]
+
+
+def test_the_documentation_has_every_loss():
+    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    named = {
+        n
+        for cell in re.findall(r"^\| ([a-z_, ]+) \|", page, re.MULTILINE)
+        for n in cell.split(", ")
+    }
+    assert named - {"loss"} == LOSSES.keys()
