@@ -355,5 +355,11 @@ def _code_digest() -> str:
 def template_digest(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str:
     """Digest of the tokenizer's files and of the template that `data` means for it."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"model.name_or_path: a text of the tokenizer is not Unicode ({error.reason}), so "
+                "that it cannot be saved. Correct tokenizer_config.json."
+            ) from None
         return digest(choose_template(tokenizer, data), file_sums(Path(folder), "*"))

@@ -63,6 +63,13 @@ class Budget:
     fitted: int = 0
     wait: int = STEPS_TO_RECOVER
 
+    def __post_init__(self) -> None:
+        """Refuses what is no budget: a checkpoint may say anything."""
+        numbers = {n: getattr(self, n) for n in ("tokens", "full", "changed_at", "fitted", "wait")}
+        for name, number in numbers.items():
+            if not isinstance(number, int) or number < (name == "tokens"):
+                raise TypeError(f"{name} of the token budget is {number!r}")
+
     def lower(self, step: int, largest: int) -> None:
         """Goes back to what fitted before it grew, or else to half of what did not fit."""
         self.wait *= 2 if self.fitted else 1

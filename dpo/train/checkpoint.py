@@ -264,6 +264,9 @@ def load_checkpoint(
         UserError: it is not the same run: what `identity` holds has changed since.
     """
     state = read_whole(checkpoint / "state.json", {})
+    for name in ("step", "skipped", "misses", "evaluated_at"):
+        if not isinstance(state.get(name, 0), int):
+            raise TypeError(f"{name} is {state[name]!r}")
     _check_same_run(checkpoint, state, identity)
     load_weights(checkpoint, model)
     pickled = checkpoint / "optimizer.pt"  # of versions up to 0.4.0

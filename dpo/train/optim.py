@@ -118,6 +118,8 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> Non
         blocks = math.ceil(weight.numel() / 256)  # of 8-bit moments, each with a scale
         wanted = dict.fromkeys(names, weight.shape) | {"qmap1": (256,), "absmax1": (blocks,)}
         wanted |= {"qmap2": (256,), "absmax2": (blocks,)}
+        if not float(state["step"]) >= 0:
+            raise ValueError(f"the optimizer's step is {state['step']}")
         for name, shape in wanted.items():
             if (name in names or name in state) and tuple(state[name].shape) != tuple(shape):
                 raise ValueError(

@@ -140,7 +140,8 @@ class Run:
             self._evaluated_at: int = state.get("evaluated_at", self.start_step or -1)
             name = config.train.metric_for_best_model or ""
             best = state.get("best") or {}  # versions up to 0.4.0 kept its value alone
-            self.best: dict[str, float] = best if isinstance(best, dict) else {name: best}
+            best = best if isinstance(best, dict) else {name: best}
+            self.best = {key: float(value) for key, value in best.items()}
             self.misses: int = state.get("misses", 0) if name in self.best else 0
             self.means = RunningMeans(device)
             if state and accelerator.is_main_process:
