@@ -29,6 +29,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "divergence_alpha": ("above 0 and below 1", lambda x: 0 < x < 1),
     "temperature": _ABOVE_0,
     "gamma": _NOT_NEGATIVE,
+    "gamma_over_beta": _NOT_NEGATIVE,
     "alpha": _NOT_NEGATIVE,
     "penalty": _NOT_NEGATIVE,
     "shift": ("above 0, up to 1", lambda x: 0 < x <= 1),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dpo.losses import LOSSES, WITHOUT_REFERENCE, PairLogps
+from dpo.objective import Part, check_part, checked_objective
 from tests.losses_in_numpy import every_loss as in_numpy
 from tests.test_losses import pairs, permuted, random_pairs
 
@@ -57,6 +58,16 @@ def test_every_loss_has_a_case_and_every_option_one_away_from_its_default():
         options = {p.name: p.default for p in inspect.signature(loss).parameters.values()}
         tried = {key for given in SETTINGS[name] for key in given if given[key] != options[key]}
         assert tried == options.keys() - {"logps", "beta"}, name
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_option_can_be_configured(name):
+    """With its default, but the smoothing of losses that are about wrong labels."""
+    parameters = inspect.signature(LOSSES[name]).parameters.values()
+    given = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
+    part = Part(name, 1.0, given | {"beta": 0.1})
+    check_part(part, "adapter")
+    assert checked_objective([part], "adapter")(random_pairs(3)).shape == (3,)
 
 
 def gradients(loss, logps, **options):

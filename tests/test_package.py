@@ -68,7 +68,7 @@ def test_the_wheel_trains_where_the_repository_is_not(built, tmp_path):
     found = subprocess.run([python, "-c", where], cwd=tmp_path, capture_output=True, text=True)
     assert found.stdout.startswith(str(packages))
     assert dpo("--version") == "dpo 0.4.0\n"
-    assert dpo("recipes").count("\n") == 2
+    assert dpo("recipes").count("\n") == 5
     assert "runs/quickstart/final" in dpo("train", "--train.max_steps", "2")
     assert "verified" in dpo("merge", "runs/quickstart")
     assert "policy:" in dpo("generate", "runs/quickstart/merged", "Which?")

@@ -73,11 +73,14 @@ def test_a_misspelt_command_and_flag_are_one_message_with_exit_code_2(capsys):
     assert err == f"error: dpo merge: {said}\n"
 
 
+RECIPE_NAMES = ["neuralhermes", "rpo", "simpo", "tulu3", "zephyr"]
+
+
 def test_recipes_are_listed_found_by_name_and_copied(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = left_with(capsys, "recipes")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["neuralhermes", "zephyr"]
+    assert [line.split()[0] for line in out.splitlines()] == RECIPE_NAMES
     assert parse(["--config", "zephyr"]) == parse(["--config", str(RECIPES / "zephyr.yaml")])
     assert left_with(capsys, "recipes", "zephyr")[0] == 0
     assert (tmp_path / "zephyr.yaml").read_text() == (RECIPES / "zephyr.yaml").read_text()
@@ -88,7 +91,7 @@ def test_recipes_are_listed_found_by_name_and_copied(capsys, tmp_path, monkeypat
     assert "zephyr.yaml exists already" in err
     code, _, err = left_with(capsys, "recipes", "zefyr")
     assert code == 2
-    assert "one of the recipes: neuralhermes, zephyr" in err
+    assert f"one of the recipes: {', '.join(RECIPE_NAMES)}" in err
 
 
 def test_the_file_is_below_the_environment_and_the_environment_below_the_flags(
