@@ -1,6 +1,7 @@
 """What a run minimises: a loss of `LOSSES`, a function of one's own, or a weighted sum of some."""
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -90,8 +91,9 @@ def check_part(part: Part, reference_mode: str) -> None:
     """
     where, takes = f"loss.options of {part.name}", accepted(find_loss(part.name))
     options = sorted(takes.keys() - {"beta"})
+    takes_all = any(keyword.kind == keyword.VAR_KEYWORD for keyword in takes.values())
     for name, value in part.arguments.items():
-        if name not in takes:
+        if name not in takes and not takes_all:
             wanted = f"one of {', '.join(options)}" if options else "none"
             raise UserError(f"{where}: got {name}, wanted {wanted}. Leave it out.")
         if part.name in LOSSES:
@@ -148,5 +150,7 @@ def checked_objective(parts: Sequence[Part], reference_mode: str) -> Objective:
 def _is_like(value: object, default: object) -> bool:
     """Whether a value has the type of a default; an integer is a number, too."""
     if isinstance(default, float) or default is inspect.Parameter.empty:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return math.isfinite(value)
     return isinstance(value, type(default))

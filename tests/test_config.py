@@ -1,3 +1,4 @@
+import math
 import re
 
 import pytest
@@ -218,6 +219,7 @@ def test_the_arguments_of_a_loss_are_those_that_its_function_takes():
         ({"type": "focal", "options": {"gamma": -1.0}}, "got gamma -1.0, wanted 0 or more"),
         ({"type": "focal", "options": {"gamma": "x"}}, "got gamma 'x', wanted 0 or more"),
         ({"type": "focal", "options": {"gamma": True}}, "got gamma True, wanted 0 or more"),
+        ({"type": "focal", "options": {"gamma": math.inf}}, "got gamma inf, wanted 0 or more"),
         ({"type": "sigmoid", "options": {"divergence": "kl"}}, "wanted reverse_kl, forward_kl"),
         ({"type": "sigmoid", "options": {"label_smoothing": 0.5}}, "below 0.5"),
         ({"type": "robust"}, "got 0.0, wanted above 0 and below 0.5: robust"),

@@ -108,6 +108,9 @@ def infinite(logps, *, beta):
 def sharp(logps, *, beta):
     return (logps.logratio_gap.abs() + logps.logratio_gap).sqrt()
 
+def open_to_all(logps, *, beta, **options):
+    return options["scale"] * F.softplus(-beta * logps.logratio_gap)
+
 def hungry(logps, *, beta, margins):
     return margins - logps.logratio_gap
 
@@ -134,6 +137,9 @@ def test_a_loss_of_ones_own_is_named_by_module_and_function(own, tmp_path):
     losses = {n: [line.get("train/loss") for line in metrics(f)] for n, f in folders.items()}
     assert losses["own"] == pytest.approx(losses["dpo"], rel=1e-5)
     assert first_step(folders["margin"])["train/loss"] == pytest.approx(math.log1p(math.exp(2)))
+    settings = config(tmp_path, "--loss.type", "my_losses:open_to_all")
+    settings.loss.options = {"scale": 3.0}
+    assert first_step(run(settings))["train/loss"] == pytest.approx(3 * math.log(2), rel=1e-4)
     saved = (folders["margin"] / "config.yaml").read_text()
     assert "margin: 2.0" in saved
     assert json.loads((folders["own"] / "summary.json").read_text())
