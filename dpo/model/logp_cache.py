@@ -149,10 +149,16 @@ def _open(path: Path) -> tuple[np.ndarray, _Shard]:
         SafetensorError, OSError or ValueError: the file is not a whole shard.
     """
     with safe_open(path, framework="numpy") as file:
-        keys, checks, ends = (file.get_tensor(name) for name in ("keys", "checks", "ends"))
-        if not len(keys) == len(checks) == len(ends):
-            raise ValueError(f"{path}: columns of unequal lengths")
-        return keys, _Shard(checks, ends, file.get_slice("logps"))
+        columns = {name: file.get_tensor(name) for name in ("keys", "checks", "ends")}
+        keys, checks, ends = columns.values()
+        logps = file.get_slice("logps")
+        kinds = [str(column.dtype) for column in columns.values()]
+        shapes = {column.shape for column in columns.values()}
+        if kinds != ["uint64", "uint64", "int64"] or shapes != {(len(keys),)}:
+            raise ValueError(f"{path}: columns of other types or of unequal lengths")
+        if len(logps.get_shape()) != 1 or logps.get_dtype() != "F32":
+            raise ValueError(f"{path}: log-probs that are no vector")
+        return keys, _Shard(checks, ends, logps)
 
 
 def _key(digest: bytes) -> np.uint64:

@@ -9,9 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file
 
 from dpo import sealed
@@ -19,8 +22,10 @@ from dpo.after.card import write_run_card
 from dpo.after.merge_error import MergeError
 from dpo.cli import parse
 from dpo.data.files import cache_folder, use_a_writable_cache
+from dpo.data.stream import TokenizedPair
 from dpo.errors import UserError
 from dpo.model.load import load_policy
+from dpo.model.logp_cache import LogpCache
 from dpo.model.named import load_shape, load_tokenizer
 from dpo.report.page import write_report
 from dpo.train.tree import load_tree, save_tree
@@ -161,6 +166,34 @@ def test_a_cache_that_another_user_owns_is_not_read(me, owner, is_trusted, tmp_p
     else:
         assert "shared belongs to another user and is not trusted: caches are in" in said[0]
         assert cache_folder("x") == tmp_path / "run.cache" / "x"
+
+
+@pytest.mark.parametrize("name", ["keys", "checks", "ends", "logps"])
+@pytest.mark.parametrize("how", ["a matrix", "another type", "missing", "longer"])
+def test_a_shard_of_another_shape_is_not_read(name, how, tmp_path):
+    """Its sums are inside it: who writes the file can write them."""
+    pair = TokenizedPair([1, 2], [3], [4, 5])
+    cache = LogpCache(tmp_path)
+    cache.put(pair, np.float32([-1, -2, -3]))
+    cache.flush()
+    (file,) = tmp_path.glob("*.safetensors")
+    assert LogpCache(tmp_path).get(pair).tolist() == [-1, -2, -3]  # that could fail
+    columns = load_arrays(file)
+    column = columns.pop(name)
+    if how != "missing":
+        changed = {
+            "a matrix": np.stack([column, column]),
+            "another type": column.astype(np.int8),
+            "longer": np.concatenate([column, column]),
+        }
+        columns[name] = changed[how]
+    save_arrays(columns, file)
+    again = LogpCache(tmp_path)
+    if (name, how) == ("logps", "longer"):  # what lies beyond the last is not read
+        assert again.get(pair).tolist() == [-1, -2, -3]
+    else:
+        assert again.num_damaged == 1
+        assert again.get(pair) is None
 
 
 @pytest.mark.parametrize(("mask", "file", "folder"), [(0o077, 0o600, 0o700), (0o022, 0o644, 0o755)])
