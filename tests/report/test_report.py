@@ -150,7 +150,7 @@ def test_a_run_name_is_escaped_in_the_points_of_a_comparison(tmp_path):
 
 def test_text_of_any_script_and_half_a_character_survive(tmp_path):
     page = written(tmp_path, text="\u0645\u0631\u062d\u0628\u0627 \u4f60\u597d \U0001f600 \ud83d")
-    assert "\u0645\u0631\u062d\u0628\u0627 \u4f60\u597d \U0001f600 &#55357;" in page
+    assert "\u0645\u0631\u062d\u0628\u0627 \u4f60\u597d \U0001f600 \\ud83d" in page
     assert 'dir="auto"' in page
 
 

@@ -336,9 +336,7 @@ def test_a_piped_chat_refuses_a_turn_that_does_not_fit_and_goes_on(last, lora, m
 def test_a_single_answer_is_streamed_on_a_terminal(lora, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     written = []
-    monkeypatch.setattr(
-        TextStreamer, "on_finalized_text", lambda _, text, **__: written.append(text)
-    )
+    monkeypatch.setattr(TextStreamer, "on_finalized_text", lambda _, text, __: written.append(text))
     assert call(monkeypatch, lora, "--temperature", 0, *SHORT, "--side", "base", WORDS) == 0
     assert "".join(written) == untrained(WORDS)
     assert sum(map(bool, written)) > 3  # word by word

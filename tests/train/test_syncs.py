@@ -6,6 +6,7 @@ for in the last test. Fault 29 of public trainers: 13 `.item()` and 15 collectiv
 """
 
 from collections import Counter
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -119,13 +120,13 @@ def test_a_wait_in_every_micro_batch_would_be_counted(tmp_path, monkeypatch, wai
     """The negative control: a loss that looks at its own value."""
     sigmoid = LOSSES["sigmoid"]
 
+    @wraps(sigmoid)
     def looking(logps, **options):
         losses = sigmoid(logps, **options)
         wait(losses.detach())
         return losses
 
     monkeypatch.setitem(LOSSES, "sigmoid", looking)
-    monkeypatch.setattr("dpo.config.LossConfig.options", {"beta": 0.1})
     never = ["--train.resume", "never", "--train.max_steps", 9]
     one, _ = step_syncs(tmp_path, monkeypatch, *never)
     many, number = step_syncs(tmp_path, monkeypatch, *never, "--train.tokens_per_microbatch", 100)
