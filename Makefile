@@ -40,7 +40,7 @@ test-slow: .venv/installed-dev
 OLDEST := .venv-oldest
 TYPED := --jaxtyping-packages=dpo,beartype.beartype
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest -n auto --dist worksteal $(TYPED) -m "not slow and not distributed and not browser"
+	FUZZ=200 $(OLDEST)/bin/python -m pytest -n auto --dist worksteal $(TYPED) -m "not slow and not distributed and not browser"
 	$(OLDEST)/bin/python -m pytest tests/model/test_compile.py
 
 # Kills a run N times at random moments, and damages every file that it reads in every way.

@@ -1,6 +1,5 @@
 """The run header: everything a reader of the log would ask."""
 
-import os
 
 import torch
 from accelerate import Accelerator
@@ -131,7 +130,4 @@ def _remarks(
         remarks.append("model.allow_pickle: weights may be read from pickles, without their code")
     if config.model.quantization == "int8":
         remarks.append("int8 layers compute in float16, whatever model.dtype is")
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked != "no":
-        remarks.append(f"accelerate's mixed precision {asked!r} is not used: model.dtype decides")
     return remarks
