@@ -169,7 +169,7 @@ def test_one_that_is_none_is_refused_before_the_first_step(name, options, said, 
 def test_the_example_of_the_documentation_trains(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (command,) = re.findall(r"^dpo train (--loss.type my_losses.*)$", page, re.MULTILINE)
+    (command,) = re.findall(r"`dpo train (--loss.type my_losses[^`]*)`", page)
     (tmp_path / "my_losses.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "my_losses", raising=False)
