@@ -1,6 +1,5 @@
 """The run header: everything a reader of the log would ask."""
 
-
 import torch
 from accelerate import Accelerator
 
