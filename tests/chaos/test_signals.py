@@ -39,6 +39,12 @@ PHASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _as_on_a_terminal():
+    """A shell turns Ctrl-C off for what it starts in the background, which is kept."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chaos")
