@@ -4,28 +4,29 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
 from dpo.errors import UserError
 from dpo.imported import imported
-from dpo.losses import LOSSES, WITHOUT_REFERENCE, PairLogps
+from dpo.losses import LOSSES, WITHOUT_REFERENCE, Divergence, PairLogps
 
 Loss = Callable[..., Float[Tensor, " pairs"]]
 Objective = Callable[[PairLogps], Float[Tensor, " pairs"]]
 
 # They need a reference to be held by: against one of 0, a log-prob is no log-ratio.
 HELD_BY_REFERENCE = frozenset("nca_pair sppo_hard apo_zero apo_down cal_dpo chipo".split())
+_DIVERGENCES = get_args(Divergence)
 _ABOVE_0 = ("a number above 0", lambda x: x > 0)
 _NOT_NEGATIVE = ("0 or more", lambda x: x >= 0)
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "beta": _ABOVE_0,
     "label_smoothing": ("at least 0 and below 0.5", lambda x: 0 <= x < 0.5),
     "divergence": (
-        "reverse_kl, forward_kl, js or alpha",
-        lambda x: x in ("reverse_kl", "forward_kl", "js", "alpha"),
+        f"{', '.join(_DIVERGENCES[:-1])} or {_DIVERGENCES[-1]}",
+        lambda x: x in _DIVERGENCES,
     ),
     "divergence_alpha": ("above 0 and below 1", lambda x: 0 < x < 1),
     "temperature": _ABOVE_0,

@@ -48,8 +48,6 @@ CASES = [(name, options) for name, settings in SETTINGS.items() for options in s
 every_case = pytest.mark.parametrize(
     ("name", "options"), CASES, ids=[f"{n}-{','.join(map(str, o.values()))}" for n, o in CASES]
 )
-# They are not differentiable where a pair of these tests would stand on their kink.
-KINKED = ("hinge", "dpop", "chipo", "slic")
 
 
 def test_every_loss_has_a_case_and_every_option_one_away_from_its_default():

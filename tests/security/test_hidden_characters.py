@@ -88,7 +88,8 @@ def test_an_emoji_that_is_cut_in_two_is_trained_on_and_shown():
         text = tokenizer.decode(emoji[left:])
         assert visible(text) == text
     assert kinds_in("\U0001f600") == set()
-    assert audit.noted == {}
+    kept = read_row(1, row("\U0001f600"), "text", "x", audit)
+    assert (kept.prompt, audit.noted) == ("Q\U0001f600", {})
 
 
 def printed(work):
