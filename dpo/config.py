@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from dpo.errors import UserError
 
 if TYPE_CHECKING:
-    from dpo.objective import Part
+    from dpo.objective import Objective, Part
 
 PACKAGE = Path(__file__).parent
 
@@ -174,6 +174,10 @@ class LossConfig:
     """Probability that a label is flipped, in [0, 0.5), of the losses that take it."""
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     """What else the loss takes, by the name in its function, such as {temperature: 0.1}."""
+    pair_weights: bool = False
+    """Multiply the loss of each pair by its row's weight (column weight)."""
+    ld_alpha: float = 1.0
+    """Tokens beyond the shorter answer's length count so many times (length desensitising)."""
 
     @property
     def parts(self) -> "list[Part]":
@@ -206,6 +210,12 @@ class ReferenceConfig:
     """adapter: the base under it; frozen: a copy; zero: none; auto: adapter if there is one."""
     cache: str = "auto"
     """Where its log-probs are kept from run to run: auto (beside the tokens), off, or a folder."""
+    update: Literal["never", "soft", "hard"] = "never"
+    """TR-DPO: soft moves it a part of the way to the policy, hard all of it; needs cache off."""
+    update_steps: int = 512
+    """Steps between two moves."""
+    update_alpha: float = 0.6
+    """The part of the way of a soft move."""
 
 
 @dataclass(kw_only=True)
@@ -323,6 +333,39 @@ class Config:
             return "zero"
         return self.reference.mode
 
+    def objective(self) -> "Objective":
+        """What the run minimises.
+
+        Raises:
+            UserError: the loss and its options cannot be honoured.
+        """
+        from dpo.objective import checked_objective
+
+        loss = self.loss
+        return checked_objective(
+            loss.parts, self.reference_mode, pair_weights=loss.pair_weights, ld_alpha=loss.ld_alpha
+        )
+
+    @property
+    def rewards_per_token(self) -> bool:
+        """Whether rewards are beta x the mean log-prob of a token, without a reference."""
+        from dpo.objective import rewards_per_token
+
+        return rewards_per_token(self.loss.parts, self.reference_mode)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the reference's log-probs are kept; auto keeps none that would not be enough."""
+        from dpo.objective import needs_live_reference
+
+        is_enough = self.has_fixed_reference and not needs_live_reference(self.loss.parts)
+        return self.reference.cache != "off" and is_enough
+
+    @property
+    def has_fixed_reference(self) -> bool:
+        """Whether there is a reference, and it stays what the policy was at step 0."""
+        return self.reference_mode != "zero" and self.reference.update == "never"
+
     note = ""  # what the command line chose by itself, for the run header; no key
 
     def check(self) -> None:
@@ -334,8 +377,31 @@ class Config:
         map_paths(self, _on_this_machine)
         _check_ranges(self)
         _check_loss(self.loss, self.reference_mode)
+        self._check_reference()
         self._check_model()
         self._check_held_out()
+
+    def _check_reference(self) -> None:
+        reference, is_set = self.reference, self.reference.cache not in ("auto", "off")
+        if self.reference_mode == "zero" and is_set:
+            refuse("reference.cache", reference.cache, "auto or off, since reference.mode is zero")
+        if reference.update == "never":
+            if is_set and not self.has_cache:
+                names = " and ".join(part.name for part in self.loss.parts)
+                wanted = f"auto or off: of log-probs alone, {names} cannot be computed"
+                refuse("reference.cache", reference.cache, wanted)
+            return
+        if self.reference_mode == "zero":
+            refuse("reference.update", reference.update, "never, since reference.mode is zero")
+        if is_set:
+            wanted = "auto or off: what is kept of a reference that moves is soon another one's"
+            refuse("reference.cache", reference.cache, wanted)
+        if reference.update == "soft" and self.model.adapter == "lora":
+            wanted = (
+                "hard or never, since model.adapter is lora: to mix two adapters' A and B is not "
+                "to mix the updates, which are their products"
+            )
+            refuse("reference.update", "soft", wanted)
 
     def _check_model(self) -> None:
         model, reference = self.model, self.reference
@@ -359,8 +425,6 @@ class Config:
                 "frozen",
                 "auto or adapter: with an adapter the frozen model is the base under it, for free",
             )
-        if self.reference_mode == "zero" and reference.cache not in ("auto", "off"):
-            refuse("reference.cache", reference.cache, "auto or off, since reference.mode is zero")
         if model.adapter == "none" and model.dtype == "float16":
             refuse(
                 "model.dtype",
@@ -449,6 +513,9 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "data.max_prompt_length": _POSITIVE,
     "loss.beta": _POSITIVE,
     "loss.label_smoothing": ("at least 0 and below 0.5", lambda x: 0 <= x < 0.5),
+    "loss.ld_alpha": ("from 0 to 1", lambda x: 0 <= x <= 1),
+    "reference.update_steps": _POSITIVE,
+    "reference.update_alpha": ("above 0, up to 1", lambda x: 0 < x <= 1),
     "optim.learning_rate": _POSITIVE,
     "optim.warmup_steps": _NOT_NEGATIVE,
     "optim.warmup_ratio": (
@@ -542,7 +609,7 @@ def _check_ranges(config: Config) -> None:
 
 def _check_loss(loss: LossConfig, reference_mode: str) -> None:
     """Own functions are looked at where a run begins: to read a configuration runs no code."""
-    from dpo.objective import check_part, is_own
+    from dpo.objective import checked_objective, is_own
 
     if isinstance(loss.type, list) and (loss.options or not loss.type):
         what = "no options beside a list" if loss.options else "a loss, or a list of some"
@@ -550,8 +617,8 @@ def _check_loss(loss: LossConfig, reference_mode: str) -> None:
     for part in loss.parts:
         if not 0 < part.weight < float("inf"):
             refuse("loss.type", part.weight, f"a weight above 0 for {part.name}")
-        if not is_own(part.name):
-            check_part(part, reference_mode)
+    known = [part for part in loss.parts if not is_own(part.name)]
+    checked_objective(known, reference_mode, pair_weights=loss.pair_weights, ld_alpha=loss.ld_alpha)
     if loss.label_smoothing and not any("label_smoothing" in p.arguments for p in loss.parts):
         names = " and ".join(part.name for part in loss.parts)
         wanted = f"0.0 (its default), since the {names} loss has no such option"

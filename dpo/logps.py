@@ -15,7 +15,8 @@ the logits again in the backward. What is different here: J is kept, so the loss
 Axes: `scored` (targets), `hidden`, `vocab`, `sequences`. Unit: nats.
 """
 
-from typing import Any
+import math
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -45,14 +46,58 @@ def token_logps(
     accumulated in that dtype. Differentiable in `hidden`, `weight` and `bias`. At most `tile_bytes`
     of logits are alive at once (default: TILE_BYTES); a small tile gives the same numbers, slower.
     """
+    logps, _ = token_statistics(
+        Predictions(hidden, weight, bias, logit_scale, softcap), targets, None, tile_bytes
+    )
+    return logps
+
+
+Statistic = Literal["dispersion", "log_collision"]
+"""Of a prediction p: entropy / log V, from 0 to 1; or log sum_v p(v)^2, nats."""
+
+
+class Predictions(NamedTuple):
+    """What a model predicts at each scored position: its states, and the head that reads them."""
+
+    hidden: Float[Tensor, "scored hidden"]
+    weight: Float[Tensor, "vocab hidden"]
+    bias: Float[Tensor, " vocab"] | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def token_statistics(
+    predictions: Predictions,
+    targets: Int[Tensor, " scored"],
+    statistic: Statistic | None,
+    tile_bytes: int | None = None,
+) -> tuple[Float[Tensor, " scored"], Float[Tensor, " values"]]:
+    """`token_logps`, and a statistic of each prediction, (scored,), without gradient.
+
+    It costs one more reduction of a tile; where it is None, it costs nothing and is empty.
+    """
+    hidden, weight, bias, logit_scale, softcap = predictions
     trains = (weight.requires_grad or (bias is not None and bias.requires_grad)) and (
         torch.is_grad_enabled()
     )
     head = TrainedHead if trains else FrozenHead
     if not torch.is_grad_enabled():
         hidden = hidden.detach()  # so that no J is formed
+    how = (logit_scale, softcap, tile_bytes or TILE_BYTES, statistic)
+    return head.apply(hidden, weight, targets, bias, *how)  # type: ignore[no-any-return]
+
+
+def token_kls(
+    reference: Predictions, policy: Predictions, tile_bytes: int | None = None
+) -> Float[Tensor, " scored"]:
+    """KL(reference || policy) at each scored position, (scored,) nats; the gradient is policy's.
+
+    Tiles are computed again in the backward: this takes five products with a head, where log-probs
+    take two.
+    """
+    hidden, weight, bias, *how = policy
     tile_bytes = tile_bytes or TILE_BYTES
-    return head.apply(hidden, weight, targets, bias, logit_scale, softcap, tile_bytes)  # type: ignore[no-any-return]
+    return KlHead.apply(hidden, weight, bias, *how, reference, tile_bytes)  # type: ignore[no-any-return]
 
 
 def sequence_logps(
@@ -101,13 +146,17 @@ class FrozenHead(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         tile_bytes: int,
-    ) -> Tensor:
-        """Log-probs, (scored,); keeps J where the states need a gradient."""
+        statistic: Statistic | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs, (scored,), and the statistic; keeps J where the states need a gradient."""
         logps = hidden.new_empty(len(hidden), dtype=_accumulator(hidden))
+        values = logps.new_empty(len(hidden) if statistic else 0)
         jacobian = torch.empty_like(hidden) if hidden.requires_grad else None
         for rows in _tiles(len(hidden), len(weight), tile_bytes):
             logits, slope = _logits(hidden[rows], weight, bias, scale, softcap, tile_bytes)
             logps[rows], total = _target_logps_(logits, targets[rows])
+            if statistic:
+                values[rows] = _statistic(logits, total, statistic)
             if jacobian is not None:
                 grad = _grad_logits_(logits, total, targets[rows], slope, scale)
                 jacobian[rows] = grad.to(weight.dtype) @ weight
@@ -115,14 +164,15 @@ class FrozenHead(torch.autograd.Function):
             del logits, slope  # otherwise two tiles are alive while the next is made
         if jacobian is not None:
             ctx.save_for_backward(jacobian)
-        return logps
+        ctx.mark_non_differentiable(values)
+        return logps, values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Multiplies J by the gradient of each log-prob."""
         (jacobian,) = ctx.saved_tensors
-        return grad_logps[:, None].to(jacobian.dtype) * jacobian, None, None, None, None, None, None
+        return grad_logps[:, None].to(jacobian.dtype) * jacobian, *[None] * 7
 
 
 class TrainedHead(torch.autograd.Function):
@@ -138,20 +188,25 @@ class TrainedHead(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         tile_bytes: int,
-    ) -> Tensor:
-        """Log-probs, (scored,); keeps the states."""
+        statistic: Statistic | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs, (scored,), and the statistic; keeps the states."""
         ctx.save_for_backward(hidden, weight, targets, bias)
         ctx.scale, ctx.softcap, ctx.tile_bytes = scale, softcap, tile_bytes
         logps = hidden.new_empty(len(hidden), dtype=_accumulator(hidden))
+        values = logps.new_empty(len(hidden) if statistic else 0)
         for rows in _tiles(len(hidden), len(weight), tile_bytes):
             logits, _ = _logits(hidden[rows], weight, bias, scale, softcap, tile_bytes)
-            logps[rows], _ = _target_logps_(logits, targets[rows])
+            logps[rows], total = _target_logps_(logits, targets[rows])
+            if statistic:
+                values[rows] = _statistic(logits, total, statistic)
             del logits
-        return logps
+        ctx.mark_non_differentiable(values)
+        return logps, values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Computes each tile of logits again, and from it the gradients of states and head."""
         hidden, weight, targets, bias = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
@@ -171,7 +226,61 @@ class TrainedHead(torch.autograd.Function):
             grad_weight += grad.T @ hidden[rows]
             del logits, slope, grad
         grad_bias = None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), None, grad_bias, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, grad_bias, *[None] * 4
+
+
+class KlHead(torch.autograd.Function):
+    """KL(reference || policy): d KL / d logits is p - p_reference, from tiles computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        reference: Predictions,
+        tile_bytes: int,
+    ) -> Tensor:
+        """The divergences, (scored,); keeps the states of both models."""
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.how, ctx.reference, ctx.tile_bytes = (scale, softcap), reference, tile_bytes
+        kls = hidden.new_empty(len(hidden), dtype=_accumulator(hidden))
+        for rows in _tiles(len(hidden), len(weight), tile_bytes):
+            ours, _ = _logits(hidden[rows], weight, bias, scale, softcap, tile_bytes)
+            theirs = _log_softmax_(_reference_logits(reference, rows, tile_bytes))
+            apart = theirs - _log_softmax_(ours)
+            kls[rows] = (apart * theirs.exp_()).sum(1)
+            del ours, theirs, apart
+        return kls
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_kls: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of the policy's states and head; the reference has none."""
+        hidden, weight, bias = ctx.saved_tensors
+        scale, softcap = ctx.how
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=grad_kls.dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=grad_kls.dtype) if needs_bias else None
+        for rows in _tiles(len(hidden), len(weight), ctx.tile_bytes):
+            ours, slope = _logits(hidden[rows], weight, bias, scale, softcap, ctx.tile_bytes)
+            theirs = _reference_logits(ctx.reference, rows, ctx.tile_bytes)
+            grad = _log_softmax_(ours).exp_().sub_(_log_softmax_(theirs).exp_())
+            grad.mul_(scale * grad_kls[rows, None])
+            grad = grad if slope is None else grad.mul_(slope)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ weight
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden[rows]
+            del ours, theirs, slope, grad
+        grads = ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))
+        return *(None if g is None else g.to(of.dtype) for g, of in grads), *[None] * 4
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
@@ -228,6 +337,24 @@ def _target_logps_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     target_logits = logits.gather(1, targets[:, None])
     total = logits.exp_().sum(dim=1, keepdim=True)
     return (target_logits - total.log()).squeeze(1), total
+
+
+def _reference_logits(reference: Predictions, rows: slice, tile_bytes: int) -> Tensor:
+    hidden, weight, bias, scale, softcap = reference
+    return _logits(hidden[rows], weight, bias, scale, softcap, tile_bytes)[0]
+
+
+def _log_softmax_(logits: Tensor) -> Tensor:
+    """In place."""
+    return logits.sub_(logits.logsumexp(1, keepdim=True))
+
+
+def _statistic(exp: Tensor, total: Tensor, statistic: Statistic) -> Tensor:
+    """Of the predictions exp / total, (rows,)."""
+    if statistic == "log_collision":
+        return torch.einsum("rv,rv->r", exp, exp).log() - 2 * total[:, 0].log()
+    entropy = total[:, 0].log() - torch.xlogy(exp, exp).sum(1) / total[:, 0]
+    return entropy / math.log(exp.shape[1])
 
 
 def _grad_logits_(

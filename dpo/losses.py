@@ -2,7 +2,8 @@
 
 Axes: `pairs`. Units: nats for log-probs, tokens for lengths. A loss never reduces over pairs: the
 caller sums them and divides once by the number of pairs in the whole step (`train.step`).
-The entries of `LOSSES` are called as `LOSSES[type](logps, beta=beta, **its_own_options)`.
+The entries of `LOSSES` are called as `LOSSES[type](logps, beta=beta, **its_own_options)`. A keyword
+without a default is an input, (pairs,) or a number that a loss remembers: `dpo.objective` gives it.
 
 The papers' symbols, here and in the formulas below:
 
@@ -14,13 +15,14 @@ The papers' symbols, here and in the formulas below:
     sigma   the logistic function; logistic(x) = -log sigma(x)
 
 Chapters: losses of the gap; losses that hold each answer in place; losses that bend the log-ratios;
-losses of per-token means; losses without a reference.
+losses of per-token means; losses without a reference; losses of what else is known of a pair;
+losses of the whole step; losses with a memory.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -445,6 +447,345 @@ def sft(
     return -(logps.avg_logps[0] if per == "token" else logps.policy_chosen_logps)
 
 
+# --------------------------------------------------- losses of what else is known of a pair
+
+
+def odpo(
+    logps: PairLogps, *, beta: float, alpha: float = 1.0, margins: Float[Tensor, " pairs"]
+) -> Float[Tensor, " pairs"]:
+    """ODPO: a pair whose answers differ more must be won by more.
+
+    loss = logistic(z - alpha margins)
+
+    `margins`: (pairs,); the paper's is the log of the difference of the answers' scores.
+
+    Source: Amini et al. 2024, arXiv:2402.10571.
+    """
+    return -F.logsigmoid(beta * logps.logratio_gap - alpha * margins)
+
+
+def rpo_sq(
+    logps: PairLogps,
+    *,
+    beta: float,
+    eta: float = 1.0,
+    chosen_scores: Float[Tensor, " pairs"],
+    rejected_scores: Float[Tensor, " pairs"],
+) -> Float[Tensor, " pairs"]:
+    """Reward-aware, squared: regress the rewards' difference onto that of the scores (REBEL).
+
+    loss = (z - eta [chosen_scores - rejected_scores])^2
+
+    Source: Adler et al. 2024 (Nemotron-4), arXiv:2406.11704; Gao et al. 2024, arXiv:2404.16767.
+    """
+    return (beta * logps.logratio_gap - eta * (chosen_scores - rejected_scores)) ** 2
+
+
+def rpo_bwd_kl(
+    logps: PairLogps,
+    *,
+    beta: float,
+    eta: float = 1.0,
+    chosen_scores: Float[Tensor, " pairs"],
+    rejected_scores: Float[Tensor, " pairs"],
+) -> Float[Tensor, " pairs"]:
+    """Reward-aware: DPO with the label that the scores' difference makes likely.
+
+    loss = KL(sigma(d) || sigma(z)), d = eta [chosen_scores - rejected_scores]
+
+    Source: Adler et al. 2024 (Nemotron-4), arXiv:2406.11704; Sun et al. 2025, arXiv:2502.00203.
+    """
+    return _kl(eta * (chosen_scores - rejected_scores), beta * logps.logratio_gap)
+
+
+def rpo_fwd_kl(
+    logps: PairLogps,
+    *,
+    beta: float,
+    eta: float = 1.0,
+    chosen_scores: Float[Tensor, " pairs"],
+    rejected_scores: Float[Tensor, " pairs"],
+) -> Float[Tensor, " pairs"]:
+    """Reward-aware: EXO with the label that the scores' difference makes likely.
+
+    loss = KL(sigma(z) || sigma(d)), d = eta [chosen_scores - rejected_scores]
+
+    Source: Sun et al. 2025, arXiv:2502.00203.
+    """
+    return _kl(beta * logps.logratio_gap, eta * (chosen_scores - rejected_scores))
+
+
+def wpo(
+    logps: PairLogps, *, beta: float, on_policy_weights: Float[Tensor, " pairs"]
+) -> Float[Tensor, " pairs"]:
+    """WPO: a pair counts as much as its answers are those that the policy would give.
+
+    loss = w logistic(z), without a gradient through w
+
+    `on_policy_weights`: (pairs,), see `wpo_weights`.
+
+    Source: Zhou et al. 2024, arXiv:2406.11827, eq. 2.
+    """
+    return -on_policy_weights.detach() * F.logsigmoid(beta * logps.logratio_gap)
+
+
+def wpo_weights(
+    logps: PairLogps,
+    chosen_collisions: Float[Tensor, " pairs"],
+    rejected_collisions: Float[Tensor, " pairs"],
+) -> Float[Tensor, " pairs"]:
+    """WPO's w = min(1, exp(mean q of chosen + mean q of rejected)), (pairs,), without gradient.
+
+    q = log p(y) - log sum_v p(v)^2 of each scored token y, v over the vocabulary.
+    `*_collisions`: (pairs,) nats, log sum_v p(v)^2 summed over the scored tokens of the answer.
+    Source: Zhou et al. 2024, arXiv:2406.11827.
+    """
+    chosen = (logps.policy_chosen_logps - chosen_collisions) / logps.chosen_lengths
+    rejected = (logps.policy_rejected_logps - rejected_collisions) / logps.rejected_lengths
+    return torch.exp((chosen + rejected).clamp(max=0)).detach()
+
+
+def mallows(
+    logps: PairLogps, *, beta: float, phi: float = 0.29, dispersions: Float[Tensor, " pairs"]
+) -> Float[Tensor, " pairs"]:
+    """MallowsPO: a prompt with few good answers counts more than one with many.
+
+    loss = logistic(w z), w = -phi log dispersions
+
+    `dispersions`: (pairs,), the entropy of the reference's predictions over both answers' tokens,
+    as a share of the largest, log V; taken to be 1e-6 at least.
+
+    Source: Chen et al. 2024, arXiv:2405.14953.
+    """
+    w = -phi * dispersions.clamp(min=1e-6).log()
+    return -F.logsigmoid(w * beta * logps.logratio_gap)
+
+
+def tdpo1(
+    logps: PairLogps,
+    *,
+    beta: float,
+    chosen_kls: Float[Tensor, " pairs"],
+    rejected_kls: Float[Tensor, " pairs"],
+) -> Float[Tensor, " pairs"]:
+    """TDPO1: the policy is also held near the reference at every token of the rejected answer.
+
+    loss = logistic(beta [gap - (rejected_kls - chosen_kls)])
+
+    `*_kls`: (pairs,) nats, KL(reference || policy) summed over the scored positions of the answer.
+
+    Source: Zeng et al. 2024, arXiv:2404.11999.
+    """
+    return -F.logsigmoid(beta * (logps.logratio_gap - (rejected_kls - chosen_kls)))
+
+
+def tdpo2(
+    logps: PairLogps,
+    *,
+    beta: float,
+    alpha: float = 0.5,
+    chosen_kls: Float[Tensor, " pairs"],
+    rejected_kls: Float[Tensor, " pairs"],
+) -> Float[Tensor, " pairs"]:
+    """TDPO2: TDPO1 with a weight, and without a gradient through the chosen answer's KL.
+
+    loss = logistic(beta [gap - alpha (rejected_kls - chosen_kls)])
+
+    Source: Zeng et al. 2024, arXiv:2404.11999.
+    """
+    apart = rejected_kls - chosen_kls.detach()
+    return -F.logsigmoid(beta * (logps.logratio_gap - alpha * apart))
+
+
+def ld_dpo(
+    logps: PairLogps,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    ld_alpha: float = 0.5,
+    policy_chosen_tail_logps: Float[Tensor, " pairs"],
+    policy_rejected_tail_logps: Float[Tensor, " pairs"],
+    ref_chosen_tail_logps: Float[Tensor, " pairs"],
+    ref_rejected_tail_logps: Float[Tensor, " pairs"],
+) -> Float[Tensor, " pairs"]:
+    """LD-DPO: what the longer answer has beyond the shorter one counts `ld_alpha` times.
+
+    loss = sigmoid of `shortened` log-probs
+
+    Source: Liu et al. 2024, arXiv:2409.06411, here for policy and reference alike.
+    """
+    short = shortened(
+        logps,
+        ld_alpha,
+        policy_chosen_tail_logps=policy_chosen_tail_logps,
+        policy_rejected_tail_logps=policy_rejected_tail_logps,
+        ref_chosen_tail_logps=ref_chosen_tail_logps,
+        ref_rejected_tail_logps=ref_rejected_tail_logps,
+    )
+    return sigmoid(short, beta=beta, label_smoothing=label_smoothing)
+
+
+def shortened(
+    logps: PairLogps, ld_alpha: float, **tail_logps: Float[Tensor, " pairs"]
+) -> PairLogps:
+    """Log-probs in which tokens beyond the shorter answer's length count `ld_alpha` times.
+
+    `tail_logps`: the four `*_tail_logps`, (pairs,) nats, sums over those tokens. Policy and
+    reference are shortened alike, so that they still agree at step 0.
+    """
+    sums = {name.replace("_tail_", "_"): tail for name, tail in tail_logps.items()}
+    return replace(
+        logps, **{name: getattr(logps, name) - (1 - ld_alpha) * tail for name, tail in sums.items()}
+    )
+
+
+# ---------------------------------------------------------------------- losses of the whole step
+# They are called with all pairs of a step, and a pair's loss depends on the others.
+
+
+def aot(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Float[Tensor, " pairs"]:
+    """AOT: the policy's margins must exceed the reference's as a distribution, rank by rank.
+
+    loss at rank k = logistic(beta [m_(k) - q_(k)])
+
+    with m = a - b and q the same of the reference, (k) the k-th smallest of the step. A pair has
+    the loss at the rank of its m. Of one pair it is sigmoid.
+
+    Source: Melnyk et al. 2024, arXiv:2406.05882, for paired answers.
+    """
+    policy = logps.policy_chosen_logps - logps.policy_rejected_logps
+    reference = logps.ref_chosen_logps - logps.ref_rejected_logps
+    return _by_rank(policy, reference, beta, label_smoothing)
+
+
+def aot_unpaired(
+    logps: PairLogps, *, beta: float, label_smoothing: float = 0.0
+) -> Float[Tensor, " pairs"]:
+    """AOT, unpaired: chosen log-ratios must exceed rejected ones as a distribution, rank by rank.
+
+    loss at rank k = logistic(beta [c_(k) - r_(k)])
+
+    A pair has the loss at the rank of its c.
+
+    Source: Melnyk et al. 2024, arXiv:2406.05882, for unpaired answers.
+    """
+    return _by_rank(logps.chosen_logratios, logps.rejected_logratios, beta, label_smoothing)
+
+
+def kto_pair(
+    logps: PairLogps,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Float[Tensor, " pairs"]:
+    """KTO's value function on pairs: each answer against the mean of the other kind.
+
+    loss = desirable_weight sigma(-beta [c - z_r]) + undesirable_weight sigma(-beta [z_c - r])
+
+    with z_c = max(0, mean c) and z_r likewise, over the step, without a gradient.
+
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7; KTO itself has no pairs.
+    """
+    c, r = logps.chosen_logratios, logps.rejected_logratios
+    z_c, z_r = (F.relu(x.detach().mean()) for x in (c, r))
+    desirable = desirable_weight * torch.sigmoid(-beta * (c - z_r))
+    return desirable + undesirable_weight * torch.sigmoid(-beta * (z_c - r))
+
+
+def dr_dpo(logps: PairLogps, *, beta: float, robustness: float = 1.0) -> Float[Tensor, " pairs"]:
+    """Dr. DPO: pairs with a high loss, whose labels may be wrong, weigh less.
+
+    loss of every pair = -robustness log mean exp(-logistic(z) / robustness), mean over the step
+
+    The larger `robustness` (the paper's beta'), the nearer to DPO.
+
+    Source: Wu et al. 2024, arXiv:2407.07880.
+    """
+    exponents = F.logsigmoid(beta * logps.logratio_gap) / robustness
+    count = math.log(max(1, len(exponents)))
+    return (-robustness * (exponents.logsumexp(0) - count)).expand(len(exponents))
+
+
+def beta_dpo(
+    logps: PairLogps, *, beta: float, alpha: float = 0.6, gap_mean: float
+) -> Float[Tensor, " pairs"]:
+    """Beta-DPO: a step whose pairs differ more than others gets a larger beta.
+
+    loss = logistic(beta_step gap), beta_step = max(1e-3, beta [1 + alpha (mean gap - gap_mean)])
+
+    `gap_mean`: that of the steps before, see `moved_gap_mean`. No gradient through beta_step.
+
+    Source: Wu et al. 2024, arXiv:2407.08639, without its drawing of pairs.
+    """
+    gaps = logps.logratio_gap
+    beta_step = (beta * (1 + alpha * (gaps.detach().mean() - gap_mean))).clamp(min=1e-3)
+    return -F.logsigmoid(beta_step * gaps)
+
+
+# ------------------------------------------------------------------------- losses with a memory
+# What they remember is a number of the steps *before*: at the first one it is known, and it is the
+# same for every split and number of ranks. `MEMORIES` says how it starts and moves.
+
+
+def bco_pair(logps: PairLogps, *, beta: float, delta: float) -> Float[Tensor, " pairs"]:
+    """BCO: a classifier of each answer, whose threshold is the mean reward so far.
+
+    loss = logistic(beta c - delta) + logistic(delta - beta r)
+
+    `delta`: mean reward of both answers over the steps before, see `moved_delta`.
+
+    Source: Jung et al. 2024, arXiv:2404.04656.
+    """
+    c, r = beta * logps.chosen_logratios, beta * logps.rejected_logratios
+    return -F.logsigmoid(c - delta) - F.logsigmoid(delta - r)
+
+
+def alpha_dpo(
+    logps: PairLogps,
+    *,
+    beta: float,
+    alpha: float = 0.5,
+    gamma_over_beta: float = 0.5,
+    gap_mean: float,
+    gap_deviation: float,
+) -> Float[Tensor, " pairs"]:
+    """Alpha-DPO: SimPO whose margin grows with how far a pair is won already.
+
+    loss = logistic(beta [avg_a - avg_b - gamma_over_beta] - alpha (avg_gap - gap_mean) / deviation)
+
+    without a gradient through the last term; mean and deviation are those of the steps before, see
+    `moved_moments`. The authors' code has alpha inside beta: its 0.2 at beta 2.5 is 0.5 here.
+
+    Source: Wu et al. 2024, arXiv:2410.10148.
+    """
+    a, b = logps.avg_logps
+    away = (_avg_gap(logps) - gap_mean) / max(gap_deviation, 1e-6)
+    return -F.logsigmoid(beta * (a - b - gamma_over_beta) - alpha * away.detach())
+
+
+def moved_delta(state: Mapping[str, float], logps: PairLogps, beta: float) -> dict[str, float]:
+    """The mean of all rewards so far: of both answers of every pair of every step."""
+    rewards = torch.cat(implicit_rewards(logps, beta=beta)).double()
+    count = state["count"] + len(rewards)
+    total = state["delta"] * state["count"] + float(rewards.sum())
+    return {"delta": total / max(1.0, count), "count": float(count)}
+
+
+def moved_gap_mean(state: Mapping[str, float], logps: PairLogps, beta: float) -> dict[str, float]:
+    """The running mean of the steps' mean gaps, nats, with momentum 0.9."""
+    return {"gap_mean": _moved(state["gap_mean"], logps.logratio_gap.detach().double().mean())}
+
+
+def moved_moments(state: Mapping[str, float], logps: PairLogps, beta: float) -> dict[str, float]:
+    """Running mean and deviation of the steps' gaps a token, with momentum 0.9."""
+    gaps = _avg_gap(logps).detach().double()
+    return {
+        "gap_mean": _moved(state["gap_mean"], gaps.mean()),
+        "gap_deviation": _moved(state["gap_deviation"], gaps.std(correction=0)),
+    }
+
+
 # ------------------------------------------------------------------------------------- in common
 
 
@@ -482,6 +823,27 @@ def _logistic(z: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
 
 
+def _kl(x: Tensor, y: Tensor) -> Tensor:
+    """KL(sigma(x) || sigma(y)) between two labels, by their log-odds."""
+    right = torch.sigmoid(x) * (F.logsigmoid(x) - F.logsigmoid(y))
+    return right + torch.sigmoid(-x) * (F.logsigmoid(-x) - F.logsigmoid(-y))
+
+
+def _by_rank(mine: Tensor, theirs: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """The smoothed loss of beta (mine_(k) - theirs_(k)), at the places of mine."""
+    ranked, places = mine.sort()
+    losses = _logistic(beta * (ranked - theirs.sort().values), label_smoothing)
+    return torch.zeros_like(losses).scatter(0, places, losses)
+
+
+def _avg_gap(logps: PairLogps) -> Tensor:
+    return gap(logps, "reverse_kl", 0.0, per_token=True)
+
+
+def _moved(old: float, new: Tensor) -> float:
+    return 0.9 * old + 0.1 * float(new)
+
+
 def _exp(x: Tensor) -> Tensor:
     """exp(x), with x capped below what overflows; beyond the cap, there is no gradient."""
     return torch.exp(x.clamp(max=_cap(x)))
@@ -502,14 +864,16 @@ def _log_odds(x: Tensor) -> Tensor:
 
 
 def implicit_rewards(
-    logps: PairLogps, *, beta: float
+    logps: PairLogps, *, beta: float, per_token: bool = False
 ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
     """Rewards of the chosen and of the rejected answers, (pairs,) each, without gradient.
 
     reward = beta log [pi(y|x) / pi_ref(y|x)]; the term left out, beta log Z(x), is the same for
-    both answers of a pair. Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 5.
+    both answers of a pair. Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 5. `per_token`: beta
+    log pi(y|x) / |y|, what SimPO and its like compare instead.
     """
-    return beta * logps.chosen_logratios.detach(), beta * logps.rejected_logratios.detach()
+    c, r = logps.avg_logps if per_token else (logps.chosen_logratios, logps.rejected_logratios)
+    return beta * c.detach(), beta * r.detach()
 
 
 LOSSES: dict[str, Callable[..., Float[Tensor, " pairs"]]] = {
@@ -542,7 +906,49 @@ LOSSES: dict[str, Callable[..., Float[Tensor, " pairs"]]] = {
     "cpo": cpo,
     "slic": slic,
     "sft": sft,
+    # of what else is known of a pair
+    "odpo": odpo,
+    "rpo_sq": rpo_sq,
+    "rpo_bwd_kl": rpo_bwd_kl,
+    "rpo_fwd_kl": rpo_fwd_kl,
+    "wpo": wpo,
+    "mallows": mallows,
+    "tdpo1": tdpo1,
+    "tdpo2": tdpo2,
+    "ld_dpo": ld_dpo,
+    # of the whole step
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+    "kto_pair": kto_pair,
+    "dr_dpo": dr_dpo,
+    "beta_dpo": beta_dpo,
+    # with a memory
+    "bco_pair": bco_pair,
+    "alpha_dpo": alpha_dpo,
 }
 
 WITHOUT_REFERENCE = frozenset("simpo alphapo simper orpo cpo slic sft".split())
 """Losses that read the policy alone: a run with no others makes no pass of a reference."""
+
+STEP_WIDE = frozenset("aot aot_unpaired kto_pair dr_dpo beta_dpo".split())
+"""Losses that are called with all pairs of a step."""
+
+
+class Memory(NamedTuple):
+    """What a loss remembers of the steps before.
+
+    Attributes:
+        start: before the first step, by keyword of the loss (and what else `moved` needs).
+        moved: what it is after a step of these pairs: (state, logps, beta) -> state.
+    """
+
+    start: Mapping[str, float]
+    moved: Callable[[Mapping[str, float], PairLogps, float], dict[str, float]]
+
+
+MEMORIES = {
+    "bco_pair": Memory({"delta": 0.0, "count": 0.0}, moved_delta),
+    "beta_dpo": Memory({"gap_mean": 0.0}, moved_gap_mean),
+    "alpha_dpo": Memory({"gap_mean": 0.0, "gap_deviation": 1.0}, moved_moments),
+}
+"""The losses that remember something."""

@@ -15,15 +15,16 @@ from dpo.losses import PairLogps, implicit_rewards
 
 
 def pair_metrics(
-    logps: PairLogps, losses: Float[Tensor, " pairs"], *, beta: float
+    logps: PairLogps, losses: Float[Tensor, " pairs"], *, beta: float, per_token: bool = False
 ) -> Float[Tensor, "metrics pairs"]:
     """One row per name of `PAIR_METRICS`: loss, rewards (beta x nats), log-probs (nats), lengths.
 
-    The rewards are beta x log-ratio whatever the loss. A pair counts as accurate when its chosen
+    The rewards are beta x log-ratio whatever the loss; or, `per_token`, beta x the mean log-prob of
+    a token, which losses without a reference compare. A pair counts as accurate when its chosen
     reward is strictly larger: a tie, as between policy and reference at step 0, is not. It is
     ranked right when the policy alone gives its chosen answer the higher log-prob.
     """
-    chosen, rejected = implicit_rewards(logps, beta=beta)
+    chosen, rejected = implicit_rewards(logps, beta=beta, per_token=per_token)
     rows = (
         losses,
         chosen,

@@ -5,7 +5,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import dpo.logps
-from dpo.logps import pair_logps, sequence_logps, token_logps
+from dpo.logps import (
+    Predictions,
+    pair_logps,
+    sequence_logps,
+    token_kls,
+    token_logps,
+    token_statistics,
+)
 
 OPTIONS = {
     "plain": {},
@@ -429,3 +436,94 @@ def test_no_tokens_sum_to_zeros_with_a_graph(num_sequences):
     sums = sequence_logps(logps, torch.zeros(0, dtype=torch.long), num_sequences)
     assert sums.tolist() == [0.0] * num_sequences
     assert sums.requires_grad
+
+
+# --------------------------------------------------------------- what else a prediction has
+
+
+@every_option
+@both_heads
+@pytest.mark.parametrize("tile_bytes", [None, 4 * 13 * 2])
+def test_statistics_of_predictions_are_their_definitions(options, trained, tile_bytes):
+    hidden, weight, targets, bias = head(trained=trained)
+    predictions = Predictions(hidden, weight, bias, **options)
+    log_probs = torch.stack(
+        [
+            full_logps(hidden, weight, torch.full((9,), token), bias, **options)
+            for token in range(13)
+        ],
+        dim=1,
+    )
+    p = log_probs.exp()
+    definitions = {
+        "dispersion": -(p * log_probs).sum(1) / torch.log(torch.tensor(13.0)),
+        "log_collision": (p * p).sum(1).log(),
+    }
+    for name, wanted in definitions.items():
+        logps, values = token_statistics(predictions, targets, name, tile_bytes)
+        torch.testing.assert_close(values.double(), wanted, rtol=1e-5, atol=1e-5)
+        assert not values.requires_grad
+        plain = gradients(token_logps, (hidden, weight, targets, bias), **options)
+        upstream = torch.linspace(-1, 2, 9)
+        wanted_for = [x for x in (hidden, weight, bias) if x.requires_grad]
+        for got, theirs in zip(
+            torch.autograd.grad(logps, wanted_for, upstream), plain[1], strict=True
+        ):
+            torch.testing.assert_close(got, theirs)
+
+
+def test_a_certain_and_an_even_prediction_have_the_ends_of_the_scale():
+    """Also where probabilities underflow: 0 x log 0 is 0."""
+    weight = torch.eye(4)
+    hidden = torch.tensor([[1e4, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    predictions, targets = Predictions(hidden, weight), torch.tensor([0, 1])
+    _, dispersion = token_statistics(predictions, targets, "dispersion")
+    _, collision = token_statistics(predictions, targets, "log_collision")
+    torch.testing.assert_close(dispersion, torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(collision, torch.tensor([0.0, -torch.log(torch.tensor(4.0))]))
+    kls = token_kls(predictions, Predictions(hidden.flip(0), weight))
+    # From a certain one to an even one: log 4; the contrary: 3/4 of 1e4, less log 4.
+    torch.testing.assert_close(kls, torch.tensor([1.3862944, 7498.6137]))
+
+
+@every_option
+@with_and_without_bias
+@both_heads
+@pytest.mark.parametrize("tile_bytes", [None, 4 * 13 * 2])
+def test_the_kl_and_its_gradient_are_those_of_full_log_probs(
+    options, with_bias, trained, tile_bytes
+):
+    hidden, weight, _, bias = head(with_bias=with_bias, trained=trained, dtype=torch.float64)
+    reference = Predictions(
+        hidden.detach().flip(0), 0.7 * weight.detach(), None if bias is None else bias.detach(),
+        **options,
+    )  # fmt: skip
+
+    def naive(hidden, weight, targets, bias, **options):
+        del targets
+
+        def log_probs(hidden, weight, bias):
+            each = [
+                full_logps(hidden, weight, torch.full((9,), token), bias, **options)
+                for token in range(13)
+            ]
+            return torch.stack(each, dim=1)
+
+        theirs = log_probs(*reference[:3])
+        return (theirs.exp() * (theirs - log_probs(hidden, weight, bias))).sum(1)
+
+    def ours(hidden, weight, targets, bias, **options):
+        del targets
+        return token_kls(reference, Predictions(hidden, weight, bias, **options), tile_bytes)
+
+    inputs = (hidden, weight, None, bias)
+    assert_same(gradients(ours, inputs, **options), gradients(naive, inputs, **options), atol=1e-9)
+
+
+def test_a_model_has_no_kl_from_itself():
+    hidden, weight, _, bias = head()
+    predictions = Predictions(hidden, weight, bias)
+    kls = token_kls(predictions, predictions)
+    assert kls.abs().max() < 1e-6
+    (grad,) = torch.autograd.grad(kls.sum(), hidden)
+    assert grad.abs().max() < 1e-6

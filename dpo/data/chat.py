@@ -306,7 +306,8 @@ class ChatTokenizer:
             marks = self.scored_marks(preference, answer, text, ended, border)
             sides.append((ended[border:], marks))
         (chosen, chosen_scored), (rejected, rejected_scored) = sides
-        return TokenizedPair(prompt[:border], chosen, rejected, chosen_scored, rejected_scored)
+        marks = (chosen_scored, rejected_scored)
+        return TokenizedPair(prompt[:border], chosen, rejected, *marks, preference.numbers)
 
     def _content(self, preference: Preference, prompt: list[int], border: int) -> range:
         """Which tokens before the border hold the first user message's content, and nothing else.

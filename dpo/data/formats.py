@@ -19,10 +19,11 @@ that the eight formats and the few readers they share are seen side by side.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, Literal, TypeGuard
 
@@ -41,6 +42,14 @@ MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thin
 
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 """Any one of them is the system message of rows that become messages."""
+
+NUMBERS = {
+    "margins": ("margin",),
+    "weights": ("weight",),
+    "chosen_scores": ("chosen_score", "score_chosen", "chosen_rating", "chosen-rating"),
+    "rejected_scores": ("rejected_score", "score_rejected", "rejected_rating", "rejected-rating"),
+}
+"""Numbers of a row that some losses read, and the columns that hold them, in any format."""
 
 _PARTS = {"images", "image", "videos", "video", "audios", "audio"} | {
     *("instruction", "query", "history", "context", "documents", "functions", "function_call")
@@ -86,6 +95,7 @@ class Preference:
     rejected: list[Message] | str
     tools: list[dict[str, Any]] | None = None
     template_arguments: dict[str, Any] | None = None
+    numbers: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True)
@@ -168,12 +178,36 @@ def to_preference(row: RawRow, format: str, *, where: str = "this row") -> Prefe
                 f"({', '.join(sorted(FORMATS[format].reads))}), or, if it is none, name it in "
                 "data.ignored_columns."
             )
-    return preference
+    return replace(preference, numbers=_numbers(row))
+
+
+def _numbers(row: RawRow) -> dict[str, float]:
+    """What a row has of NUMBERS; a margin that is not given is the log of the scores' difference.
+
+    That is ODPO's (Amini et al. 2024, arXiv:2402.10571); equal scores, or the chosen answer's being
+    the lower, have none.
+    """
+    found = {
+        name: float(row[column])
+        for name, columns in NUMBERS.items()
+        for column in reversed(columns)
+        if _is_number(row.get(column))
+    }
+    difference = found.get("chosen_scores", 0.0) - found.get("rejected_scores", math.inf)
+    if "margins" not in found and difference > 0:
+        found["margins"] = math.log(difference)
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def unread_columns(row: RawRow, format: str) -> list[str]:
     """The columns of a row that say something and are left out, ids, scores and sources apart."""
-    return [name for name in _unread(row, format) if not _HARMLESS.search(name)]
+    numbers = {name for names in NUMBERS.values() for name in names if _is_number(row.get(name))}
+    unread = [name for name in _unread(row, format) if name not in numbers]
+    return [name for name in unread if not _HARMLESS.search(name)]
 
 
 def _unread(row: RawRow, format: str) -> list[str]:

@@ -69,4 +69,5 @@ class Limits:
             raise RowError("identical answers" if were_equal else "identical once cut", "")
         chosen_scored = pair.chosen_scored and pair.chosen_scored[:room]
         rejected_scored = pair.rejected_scored and pair.rejected_scored[:room]
-        return TokenizedPair(prompt, chosen, rejected, chosen_scored, rejected_scored), cut
+        marks = (chosen_scored, rejected_scored)
+        return TokenizedPair(prompt, chosen, rejected, *marks, pair.numbers), cut

@@ -2,7 +2,7 @@
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate, islice
@@ -16,7 +16,7 @@ from dpo.config import Config, DataConfig, DataSource
 from dpo.data.audit import Audit, RowName
 from dpo.data.chat import ChatTokenizer
 from dpo.data.files import digest
-from dpo.data.formats import RECOGNISED_ROWS, Preference, recognise
+from dpo.data.formats import NUMBERS, RECOGNISED_ROWS, Preference, recognise
 from dpo.data.limits import Limits
 from dpo.data.order import spread
 from dpo.data.sources import Source, open_source
@@ -48,6 +48,7 @@ class Pairs(Sequence[TokenizedPair]):
 
     def __getitem__(self, index: int) -> TokenizedPair:  # type: ignore[override]
         _, row = self._row(index)
+        row["numbers"] = {name: row[name] for name in NUMBERS if row[name] is not None}
         return TokenizedPair(**{field.name: row[field.name] for field in fields(TokenizedPair)})
 
     def _row(self, index: int) -> tuple[str, dict[str, Any]]:
@@ -98,6 +99,24 @@ class Pairs(Sequence[TokenizedPair]):
         """The largest token id in the files."""
         return max(file.largest_id for _, file in self._files)
 
+    def require(self, names: Iterable[str], why: str) -> None:
+        """Refuses pairs that lack one of these numbers of `NUMBERS`; `why` opens the message.
+
+        Raises:
+            UserError: naming rows.
+        """
+        for name in sorted(names):
+            values = np.concatenate([file.numbers(name) for _, file in self._files])
+            values = values[self._all_places()]
+            is_bad = ~(values >= 0) if name == "weights" else np.isnan(values)
+            if is_bad.any():
+                bad = [self.row_name(int(i)) for i in np.flatnonzero(is_bad)[:6]]
+                rows = ", ".join(bad[:5]) + (", ..." if bad[5:] else "")
+                raise UserError(
+                    f"{why} {_what_is_needed(name)}, which {is_bad.sum()} of {len(self)} pairs "
+                    f"lack: rows {rows}. Correct the rows or leave them out."
+                )
+
     def select(self, indices: Int[np.ndarray, " selected"]) -> "Pairs":
         """The pairs at these indices, in this order; an index may repeat."""
         return Pairs(self._files, self._all_places()[indices])
@@ -106,6 +125,13 @@ class Pairs(Sequence[TokenizedPair]):
         """A number for each pair, equal for equal prompts."""
         digests = np.concatenate([file.prompt_digests() for _, file in self._files])
         return digests[self._all_places()]
+
+
+def _what_is_needed(name: str) -> str:
+    columns = f"a number in the column {' or '.join(NUMBERS[name])}"
+    if name == "margins":
+        return f"{columns}, or scores of which the chosen answer's is the higher"
+    return columns.replace("a number", "a number of 0 or more") if name == "weights" else columns
 
 
 @dataclass(frozen=True)

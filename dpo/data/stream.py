@@ -25,8 +25,8 @@ is scored for both answers.
 
 import hashlib
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Int
@@ -35,13 +35,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """One preference pair as token ids. `*_scored` marks which answer tokens count (None: all)."""
+    """One preference pair as token ids. `*_scored` marks which answer tokens count (None: all).
+
+    `numbers`: what else is known of it, by name (`dpo.data.formats.NUMBERS`).
+    """
 
     prompt_ids: Sequence[int]
     chosen_ids: Sequence[int]
     rejected_ids: Sequence[int]
     chosen_scored: Sequence[bool] | None = None
     rejected_scored: Sequence[bool] | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def num_stream_tokens(self) -> int:

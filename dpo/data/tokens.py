@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import tokenizers
 import transformers
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -33,7 +33,14 @@ from dpo.data.audit import Audit
 from dpo.data.bounded import in_memory
 from dpo.data.chat import TEMPLATE_DIFFERS, ChatTokenizer
 from dpo.data.files import cache_folder, digest
-from dpo.data.formats import Preference, RawRow, RowError, to_preference, unread_columns
+from dpo.data.formats import (
+    NUMBERS,
+    Preference,
+    RawRow,
+    RowError,
+    to_preference,
+    unread_columns,
+)
 from dpo.data.limits import OVERLONG, Limits
 from dpo.data.sources import Row, Source
 from dpo.data.templates import choose_template, require_chatml
@@ -56,6 +63,7 @@ _SCHEMA = pa.schema(
         "chosen_scored": pa.list_(pa.bool_()),
         "rejected_scored": pa.list_(pa.bool_()),
     }
+    | {name: pa.float64() for name in NUMBERS}
 )
 
 
@@ -81,6 +89,12 @@ class TokenFile:
         """The columns of one pair."""
         block, row = divmod(place, BLOCK_PAIRS)
         return self._blocks.get_batch(block).slice(row, 1).to_pylist()[0]
+
+    def numbers(self, name: str) -> Float[np.ndarray, " pairs"]:
+        """A number of every pair, by its name in NUMBERS; NaN where a row has none."""
+        only = pa.ipc.IpcReadOptions(included_fields=[_SCHEMA.get_field_index(name)])
+        with pa.OSFile(str(self._folder / "pairs.arrow")) as file:
+            return pa.ipc.open_file(file, options=only).read_all()[name].to_numpy()
 
     def prompt_digests(self) -> Int[np.ndarray, " pairs"]:
         """A number for each pair, equal for equal prompts."""
@@ -201,7 +215,7 @@ def _tokenize(
     if broken:
         raise broken
     audit.pairs_kept = len(made)
-    rows = [{"row": row} | vars(pair) for row, _, pair in made]
+    rows = [{"row": row, **vars(pair), **pair.numbers} for row, _, pair in made]
     prompts = np.array([_prompt_digest(prompt) for _, prompt, _ in made], dtype=np.int64)
     keys = [(row, _short(pair.digest), _short(pair.reversed.digest)) for row, _, pair in made]
     longest = max((pair.num_stream_tokens for _, _, pair in made), default=0)
@@ -280,7 +294,7 @@ def _note_repeats(keys: Int[np.ndarray, "pairs 3"], audit: Audit) -> None:
 
 
 class _TokenDigest:
-    """sha256 of token ids, a column at a time, so that it does not depend on the batches.
+    """sha256 of ids and numbers, a column at a time, so that it does not depend on the batches.
 
     Attributes:
         largest: the largest id.
@@ -289,7 +303,11 @@ class _TokenDigest:
     def __init__(self) -> None:
         self.largest = 0
         columns = _SCHEMA.names[1:]  # row numbers are positions, not content
-        self._columns = {name: (hashlib.sha256(), hashlib.sha256()) for name in columns}
+        self._columns = {
+            name: (hashlib.sha256(), hashlib.sha256()) for name in columns if name not in NUMBERS
+        }
+        self._numbers = {name: hashlib.sha256() for name in NUMBERS}
+        self._has: set[str] = set()
 
     def update(self, pairs: pa.RecordBatch) -> None:
         for name, (values, lengths) in self._columns.items():
@@ -297,9 +315,14 @@ class _TokenDigest:
             values.update(flat)
             self.largest = max(self.largest, int(flat.max(initial=0)))
             lengths.update(pairs[name].value_lengths().fill_null(-1).to_numpy())
+        for name in NUMBERS:
+            self._numbers[name].update(pairs[name].to_numpy(zero_copy_only=False))
+            if pairs[name].null_count < len(pairs):
+                self._has.add(name)
 
     def hexdigest(self) -> str:
         parts = [part.digest() for both in self._columns.values() for part in both]
+        parts += [self._numbers[name].digest() + name.encode() for name in sorted(self._has)]
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
 

@@ -7,7 +7,7 @@ an unbiased estimate of KL(pi || pi_ref). A greedy answer is what a user would s
 length, a sample to read, and whether it is right, if the chosen answer is the only right one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,16 +26,17 @@ from dpo.data.order import micro_batches, spread
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.data.templates import choose_template
 from dpo.evaluate.samples import generate
-from dpo.logps import pair_logps
 from dpo.losses import PairLogps
 from dpo.metrics import pair_metrics
 from dpo.model.models import Models
+from dpo.model.pair_scores import score
 from dpo.model.reference import TokenLogps
 from dpo.objective import Objective
 from dpo.signals import Stopped, at_once
 
+LOGPS = [field.name for field in fields(PairLogps)]
 
-@torch.no_grad()
+
 def score_pairs(
     pairs: Sequence[TokenizedPair],
     scorer: nn.Module,
@@ -45,13 +46,30 @@ def score_pairs(
     device: torch.device,
 ) -> PairLogps:
     """Log-probs of both answers of every pair, (pairs,) each, in the order given, on the CPU."""
+    how: dict[str, Any] = {"tokens_per_microbatch": tokens_per_microbatch, "device": device}
+    return PairLogps(**score_columns(pairs, scorer, reference, (), **how))
+
+
+@torch.no_grad()
+def score_columns(
+    pairs: Sequence[TokenizedPair],
+    scorer: nn.Module,
+    reference: TokenLogps,
+    needed: Collection[str],
+    *,
+    tokens_per_microbatch: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """`score_pairs` by name, and what else is `needed` of each pair, see `pair_scores.score`."""
     num_tokens = [pair.num_stream_tokens for pair in pairs]
-    values = torch.zeros(len(fields(PairLogps)), len(pairs))
+    columns = {name: torch.zeros(len(pairs)) for name in (*LOGPS, *sorted(needed))}
     for positions in micro_batches(num_tokens, tokens_per_microbatch):
         stream = build_stream([pairs[i] for i in positions]).to(device)
-        logps = pair_logps(scorer(stream), reference(stream), stream.sequence_ids, stream.num_pairs)
-        values[:, positions] = torch.stack([vars(logps)[f.name] for f in fields(logps)]).cpu()
-    return PairLogps(*values)
+        logps, inputs = score(stream, scorer, reference, needed)
+        values = torch.stack([{**vars(logps), **inputs}[name] for name in columns]).cpu()
+        for column, its_values in zip(columns.values(), values, strict=True):
+            column[positions] = its_values
+    return columns
 
 
 @dataclass(frozen=True)
@@ -94,18 +112,22 @@ class Evaluator:
         if None in every:
             return None
         rows = sorted(row for part, _ in every for row in part)
-        logps = PairLogps(*torch.tensor([values for _, *values in rows]).unbind(1))
+        names = [*LOGPS, *sorted(self.objective.inputs)]
+        values = torch.tensor([values for _, *values in rows]).unbind(1)
+        columns = dict(zip(names, values, strict=True))
+        logps = PairLogps(**{name: columns.pop(name) for name in LOGPS})
         samples = [sample for _, part in every for sample in part]
         samples.sort(key=lambda sample: sample["index"])
-        losses = self.objective(logps)
-        means = pair_metrics(logps, losses, beta=self.config.loss.beta).mean(dim=1)
+        losses = self.objective(logps, columns)
+        beta, per_token = self.config.loss.beta, self.config.rewards_per_token
+        means = pair_metrics(logps, losses, beta=beta, per_token=per_token).mean(dim=1)
         metrics: dict[str, float] = dict(zip(PAIR_METRICS, means.tolist(), strict=True))
-        if self.models.reference.mode != "zero":  # without one nothing says how far it went
+        if samples and self.models.reference.mode != "zero":  # nothing else says how far it went
+            metrics["kl"] = _mean(samples, "log_ratio")
+        if self.config.has_fixed_reference:
             falls = -logps.chosen_logratios / logps.chosen_lengths
             metrics["displacement"] = float(falls.mean())
             metrics["displacement_error"] = standard_error(falls)
-            if samples:
-                metrics["kl"] = _mean(samples, "log_ratio")
         if samples:
             metrics["lengths/generated"] = _mean(samples, "length")
         if samples and self.config.train.eval_exact_match:
@@ -117,17 +139,16 @@ class Evaluator:
         """This rank's pairs, r, r + ranks, ...: the index and the log-probs of each."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         mine = range(rank, len(self.held_out), ranks)
-        logps = self._score([self.held_out[i] for i in mine], self.models.reference)
-        return list(zip(mine, *(vars(logps)[f.name].tolist() for f in fields(logps)), strict=True))
-
-    def _score(self, pairs: Sequence[TokenizedPair], reference: TokenLogps) -> PairLogps:
-        return score_pairs(
-            pairs,
-            self.models.scorer,
-            reference,
-            tokens_per_microbatch=self.config.train.scoring_tokens,
-            device=self.accelerator.device,
+        pairs, needed = [self.held_out[i] for i in mine], self.objective.inputs
+        columns = score_columns(
+            pairs, self.models.scorer, self.models.reference, needed, **self._how
         )
+        return list(zip(mine, *(column.tolist() for column in columns.values()), strict=True))
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        tokens = self.config.train.scoring_tokens
+        return {"tokens_per_microbatch": tokens, "device": self.accelerator.device}
 
     def _answers(self) -> list[dict[str, Any]]:
         """This rank's share of the prompts, and what the policy answers."""
@@ -148,7 +169,9 @@ class Evaluator:
         # Scored as pairs of a sampled and a greedy answer; the sampled ones give the KL.
         answered = [TokenizedPair(*ids) for ids in zip(prompts, sampled, greedy, strict=True)]
         # The live reference, since a cache would keep answers that are never asked for again.
-        log_ratios = self._score(answered, self.models.reference.live).chosen_logratios.tolist()
+        live = self.models.reference.live
+        of_sampled = score_pairs(answered, self.models.scorer, live, **self._how)
+        log_ratios = of_sampled.chosen_logratios.tolist()
         return [
             {
                 "index": int(index),

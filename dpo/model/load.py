@@ -7,7 +7,9 @@ Left out on purpose: PEFT's `prepare_model_for_kbit_training`. It upcasts the he
 embeddings to fp32, which costs memory; our head accumulates in fp32 whatever its weights are.
 """
 
+import copy
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,18 +41,22 @@ from dpo.model.named import (
 REFERENCE_ADAPTER = "reference"  # the frozen copy of an adapter that the policy starts from
 
 
+REFERENCE_IN_NAME = re.compile(rf"\.{REFERENCE_ADAPTER}(?=\.|$)")
+
+
 @dataclass
 class Policy:
     """A model that is ready to train.
 
     Attributes:
         model: a PEFT model, or a plain one for full fine-tuning.
-        starts_from_adapter: the adapter was loaded, not new; a frozen copy of it lies beside it.
+        has_reference_adapter: a frozen adapter lies beside the trained one, since that was loaded
+            and is not new, or since the reference will move.
         notes: what was changed or left out, for the run header.
     """
 
     model: nn.Module
-    starts_from_adapter: bool = False
+    has_reference_adapter: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -101,12 +107,15 @@ def build_policy(base: PreTrainedModel, config: Config) -> Policy:
         policy.notes.append("full fine-tuning: lora.* is not used")
     else:
         base.requires_grad_(False)
-        policy.starts_from_adapter = adapter is not None
+        will_move = config.reference.update != "never"
+        policy.has_reference_adapter = adapter is not None or will_move
         policy.model = (
             _load_adapter(base, config, adapter, policy.notes)
             if adapter
             else _new_adapter(base, config)
         )
+        if will_move and not adapter:
+            _copy_adapter(policy.model)
     if config.model.lean_layers:
         policy.notes.append(make_lean(policy.model))
     if config.train.gradient_checkpointing:
@@ -347,3 +356,17 @@ def _load_adapter(
         model.load_adapter(folder, REFERENCE_ADAPTER, is_trainable=False)
         model.set_adapter("default")
     return model
+
+
+def _copy_adapter(model: nn.Module) -> None:
+    """Puts a frozen copy of the new adapter beside it."""
+    frozen: Any = copy.deepcopy(model.peft_config["default"])  # type: ignore[index,union-attr]
+    frozen.lora_dropout = 0.0
+    model.add_adapter(REFERENCE_ADAPTER, frozen, low_cpu_mem_usage=True)  # type: ignore[operator]
+    weights = dict(model.named_parameters())
+    for name in filter(REFERENCE_IN_NAME.search, weights):
+        theirs = weights[REFERENCE_IN_NAME.sub(".default", name)]
+        place, _, own_name = name.rpartition(".")
+        copied = nn.Parameter(theirs.detach().clone(), requires_grad=False)
+        setattr(model.get_submodule(place), own_name, copied)
+    model.set_adapter("default")  # type: ignore[operator]

@@ -70,7 +70,7 @@ def build_models(
     if will_train:
         wrapped = accelerator.prepare(scorer, device_placement=[False])
     mode, store = choose_mode(config.reference_mode, policy), None
-    if config.reference.cache != "off" and mode != "zero":
+    if config.has_cache:
         kind = {"layout": scorer.layout, "device_type": accelerator.device.type}
         digest = on_main(accelerator, lambda: reference_digest(config.model, **kind))
         store = open_cache(config.reference.cache, digest)

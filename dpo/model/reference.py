@@ -1,4 +1,4 @@
-"""References: Stream -> token log-probs of what the policy was at step 0.
+"""References: Stream -> token log-probs of what the policy was at step 0, or some steps ago.
 
 A live reference (`AdapterOff`, `Frozen`, `Zero`) runs the same code path as the policy, on the same
 micro-batches, without gradients. So before the first update it agrees with the policy to the last
@@ -7,10 +7,10 @@ only for pairs that the cache lacks.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from dpo.data.files import cache_folder
 from dpo.data.stream import Stream, TokenizedPair, build_stream, to_device
 from dpo.errors import UserError
-from dpo.model.load import REFERENCE_ADAPTER, Policy
+from dpo.model.load import REFERENCE_ADAPTER, REFERENCE_IN_NAME, Policy
 from dpo.model.logp_cache import LogpCache
-from dpo.model.scorer import Scorer
+from dpo.model.scorer import Also, Scorer
 
-TokenLogps = Callable[[Stream], Float[Tensor, " scored"]]
+TokenLogps = Callable[..., Any]
+"""(stream) -> token log-probs; (stream, also) -> them and what is asked for, see `Scorer`."""
 
 
 class AdapterOff:
@@ -37,10 +38,16 @@ class AdapterOff:
     def __init__(self, scorer: nn.Module, policy: Policy):
         self._scorer, self._policy = scorer, policy
 
-    def __call__(self, stream: Stream) -> Float[Tensor, " scored"]:
-        """Token log-probs, (scored,) nats."""
+    def __call__(self, stream: Stream, *also: Also) -> Any:
+        """Token log-probs, (scored,) nats; with what is asked for, as `Scorer.forward` gives it."""
         with torch.no_grad(), adapter_off(self._policy):
-            return self._scorer(stream)
+            return self._scorer(stream, *also)
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The adapter of its own, by name; {} where it has none."""
+        named = self._policy.model.named_parameters()
+        return {name: weight for name, weight in named if REFERENCE_IN_NAME.search(name)}
 
 
 class Frozen:
@@ -50,10 +57,15 @@ class Frozen:
         self.model = model.requires_grad_(False)
         self.scorer = Scorer(self.model, attention=layout)
 
-    def __call__(self, stream: Stream) -> Float[Tensor, " scored"]:
-        """Token log-probs, (scored,) nats."""
+    def __call__(self, stream: Stream, *also: Also) -> Any:
+        """Token log-probs, (scored,) nats; with what is asked for, as `Scorer.forward` gives it."""
         with torch.no_grad():
-            return self.scorer(stream)
+            return self.scorer(stream, *also)
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """All of its weights, by name."""
+        return dict(self.model.named_parameters())
 
 
 class Zero:
@@ -102,10 +114,13 @@ class Reference:
         self.share_known = float(mode == "zero")
         self._unsettled: list[tuple[list[TokenizedPair], Tensor]] = []
 
-    def __call__(self, stream: Stream) -> Float[Tensor, " scored"]:
-        """Token log-probs, (scored,) nats; one pass of the live reference computes missing ones."""
+    def __call__(self, stream: Stream, *also: Also) -> Any:
+        """Token log-probs, (scored,) nats; one pass of the live reference computes missing ones.
+
+        Only log-probs come from a cache: whoever asks for more has none.
+        """
         if self.store is None:
-            return self.live(stream)
+            return self.live(stream, *also)
         device = stream.input_ids.device
         known = [self.store.get(pair) for pair in stream.pairs]
         found = [logps for logps in known if logps is not None]
@@ -126,18 +141,51 @@ class Reference:
         parts_kept = iter(kept.split([len(logps) for logps in found]))
         return torch.cat([next(parts_computed if p is None else parts_kept) for p in known])
 
+    @torch.no_grad()
+    def follow(self, policy: Policy, share: float) -> None:
+        """Moves its weights so large a share of the way to the policy's: TR-DPO.
+
+        Source: Gorbatovski et al. 2024, arXiv:2404.09656, eqs. 2 (soft) and 3 (hard, share 1).
+        """
+        theirs = dict(policy.model.named_parameters())
+        for name, weight in self._own_weights.items():
+            weight.lerp_(theirs[REFERENCE_IN_NAME.sub(".default", name)].to(weight), share)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The weights of a reference that moves, for a checkpoint."""
+        return {name: weight.detach() for name, weight in self._own_weights.items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from saved weights.
+
+        Raises:
+            ValueError: they are another model's.
+        """
+        own = self._own_weights
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in state.items()}:
+            raise ValueError("the weights of the reference are those of another model")
+        for name, weight in own.items():
+            weight.copy_(state[name])
+
+    @property
+    def _own_weights(self) -> dict[str, nn.Parameter]:
+        assert isinstance(self.live, AdapterOff | Frozen)
+        return self.live.weights
+
     @property
     def is_absent(self) -> bool:
         """Whether there is no live reference, because the cache holds all that is asked for."""
         return isinstance(self.live, Absent)
 
-    def peek(self, stream: Stream) -> Float[Tensor, " scored"]:
-        """Token log-probs, (scored,) nats, without keeping what was computed for them.
+    def peek(self, stream: Stream, *also: Also) -> Any:
+        """As a call, without keeping what was computed for it.
 
         Only what training's own micro-batches compute is kept, so that step 1 is exactly ln 2.
         """
         self.settle()
-        logps = self(stream)
+        logps = self(stream, *also)
         self.num_computed -= sum(len(pairs) for pairs, _ in self._unsettled)
         self._unsettled = []
         return logps
@@ -182,7 +230,7 @@ class Reference:
 def adapter_off(policy: Policy) -> Iterator[None]:
     """Inside, the model is what it was before training, for the reference and for generation."""
     model = policy.model
-    if policy.starts_from_adapter:
+    if policy.has_reference_adapter:
         model.set_adapter(REFERENCE_ADAPTER)  # type: ignore[operator]
         try:
             yield

@@ -9,7 +9,7 @@ layers, soft-capped attention, attention sinks, multi-axis positions): every ans
 its own, prompt included, padded on the right, through the model's own attention.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -18,12 +18,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dpo.data.stream import Stream, build_stream, to_device
 from dpo.errors import UserError
-from dpo.logps import TILE_BYTES, token_logps
+from dpo.logps import TILE_BYTES, Predictions, Statistic, token_kls, token_logps, token_statistics
 from dpo.model.attention import KEYWORD, Segments, use_two_segment_attention
 from dpo.model.load import keep_4bit_trainable, without_peft
 
 # Two answers of unlike length that share an opening; small ids, which every vocabulary has.
 _PROBE = ([1, 2, 3, 4], [5, 6, 7], [5, 7, 6, 8, 9])
+
+
+Also = Statistic | Literal["predictions"] | Predictions
+"""What `Scorer` may be asked for besides log-probs."""
 
 
 class _Parts(NamedTuple):
@@ -96,26 +100,37 @@ class Scorer(nn.Module):
         """The device of the embeddings, where a stream must be."""
         return self.causal_lm.get_input_embeddings().weight.device  # type: ignore[union-attr]
 
-    def forward(self, stream: Stream) -> Float[Tensor, " scored"]:
+    def forward(self, stream: Stream, also: Also | None = None) -> Any:
         """Log-prob of every target, (scored,) nats, fp32.
 
         An empty stream gives (0,), still with a graph to every parameter: under DDP a rank without
         pairs must take part in the step's gradient reduction.
+
+        With `also`, it comes in a pair with what is asked for: a statistic of each prediction,
+        (scored,); the predictions; or, given a reference's, the KL from it, (scored,) nats.
         """
         if not stream.num_pairs:
             dummy = build_stream([([0], [0], [0])]).to(stream.input_ids.device)
-            return self(dummy)[:0]
+            none = self(dummy)[:0]
+            if also == "predictions":
+                return none, self._predictions(dummy)
+            return none if also is None else (none, none)
+        predictions = self._predictions(stream)
+        statistic: Any = also if isinstance(also, str) and also != "predictions" else None
+        logps, values = token_statistics(predictions, stream.targets, statistic, self.tile_bytes)
+        if also is None:
+            return logps
+        if also == "predictions":
+            return logps, predictions
+        if isinstance(also, Predictions):
+            values = token_kls(also, predictions, self.tile_bytes)
+        return logps, values
+
+    def _predictions(self, stream: Stream) -> Predictions:
         states = self._shared_states if self.layout == "shared" else self._padded_states
         head = self._parts.head
-        return token_logps(
-            states(stream).to(head.weight.dtype),
-            head.weight,
-            stream.targets,
-            head.bias,
-            logit_scale=self._logit_scale,
-            softcap=self._softcap,
-            tile_bytes=self.tile_bytes,
-        )
+        hidden = states(stream).to(head.weight.dtype)
+        return Predictions(hidden, head.weight, head.bias, self._logit_scale, self._softcap)
 
     def _shared_states(self, stream: Stream) -> Float[Tensor, "scored hidden"]:
         return self._backbone_states(stream, self._segments(stream))[stream.predictors]

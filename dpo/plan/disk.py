@@ -17,7 +17,12 @@ def written_bytes(config: Config, trained: Sequence[Tensor]) -> dict[str, int]:
     """The bytes of one `checkpoint`, of `best` and of `final`."""
     weights = sum(p.numel() * p.element_size() for p in trained)
     state = optimizer_bytes(trained, config.optim.name) + copy_bytes(trained)
-    return {"checkpoint": weights + state, run_folder.BEST: weights, run_folder.FINAL: weights}
+    moving = weights if config.reference.update != "never" else 0
+    return {
+        "checkpoint": weights + state + moving,
+        run_folder.BEST: weights,
+        run_folder.FINAL: weights,
+    }
 
 
 def run_parts(config: Config, sizes: dict[str, int], order: Order) -> dict[str, int]:

@@ -196,7 +196,7 @@ def disk_parts(config: Config, fake: FakePolicy, sample: Sample, order: Order) -
         "reference cache": round(pairs * (4 * sample.mean(scored) + PAIR_BYTES)),
         "merged model, if you merge": fake.num_base_weights() * fake.base.dtype.itemsize,
     }
-    if config.reference_mode == "zero" or config.reference.cache == "off":
+    if not config.has_cache:
         del parts["reference cache"]
     if config.model.adapter == "none":
         del parts["merged model, if you merge"]

@@ -45,6 +45,11 @@ def cache_reference(config: Config) -> str:
         raise UserError(
             f"reference.{key}: got {values[key]}, so there is nothing to cache. Change it."
         )
+    if not config.has_cache:
+        raise UserError(
+            "reference.cache: got auto, but nothing would be kept: the loss reads more of the "
+            "reference than log-probs, or reference.update moves it. Train without this command."
+        )
     accelerator = build_accelerator(config, [])
     for said in use_a_writable_cache(Path(config.train.output_dir)):
         if accelerator.is_main_process:

@@ -26,10 +26,11 @@ from dpo.data.order import Order, micro_batches
 from dpo.data.stream import TokenizedPair, build_stream
 from dpo.data.templates import choose_template
 from dpo.errors import UserError
-from dpo.logps import pair_logps
 from dpo.model.load import Policy, load_policy
 from dpo.model.models import Models
+from dpo.model.pair_scores import score
 from dpo.model.reference import Frozen
+from dpo.objective import FROM_TOKENS, KLS
 from dpo.plan.fit import Saving, choose_base, choose_dtype, fit_tokens, optimizer_bytes
 from dpo.plan.memory import free_bytes, peak_bytes
 from dpo.ranks import on_main, smallest_over_ranks
@@ -146,14 +147,14 @@ def _auto_budget(
     for parameter in models.trained:  # allocate gradients first, so that they are not counted
         parameter.grad = torch.zeros_like(parameter)
     moments = optimizer_bytes(models.trained, config.optim.name)
+    needed = config.objective().inputs & FROM_TOKENS
 
     def score_and_differentiate(pairs: Sequence[TokenizedPair]) -> None:
         stream = build_stream(pairs).to(device)
         with accelerator.no_sync(models.scorer):
-            logps = pair_logps(
-                models.scorer(stream), reference(stream), stream.sequence_ids, stream.num_pairs
-            )
-            accelerator.backward(logps.logratio_gap.sum())
+            logps, inputs = score(stream, models.scorer, reference, needed)
+            kls = sum(inputs[name].sum() for name in KLS & needed)
+            accelerator.backward(logps.logratio_gap.sum() + kls)
 
     def measure(saving: Saving) -> tuple[float, float]:
         save_memory(models, accelerator, saving)

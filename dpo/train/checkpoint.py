@@ -234,8 +234,11 @@ def save_checkpoint(
     config: Config,
     identity: Identity,
     state: dict[str, Any],
+    reference: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Writes `checkpoint-{step}`, then deletes the oldest; one process calls it.
+
+    `reference`: the weights of a reference that moves.
 
     Raises:
         OSError: it cannot be written; the older ones are as they were.
@@ -247,6 +250,8 @@ def save_checkpoint(
         save_weights(model, files)
         with _disk_errors():
             save_tree(optimizer.state_dict(), files / "optimizer")
+            if reference is not None:
+                save_tree(reference, files / "reference")
         (files / "state.json").write_text(json.dumps({"step": step, **asdict(identity), **state}))
         save(config, files / run_folder.CONFIG)
     written = [*filter(is_checkpoint, list_checkpoints(folder))]
@@ -276,6 +281,11 @@ def load_checkpoint(
         saved = load_tree(checkpoint / "optimizer")
     load_moments(optimizer, saved)
     return state
+
+
+def load_reference(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The weights that the reference had moved to."""
+    return load_tree(checkpoint / "reference")
 
 
 def explained_state(checkpoint: Path | None) -> AbstractContextManager[None]:

@@ -7,6 +7,7 @@ and nobody would see that it trains something else.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,11 +16,11 @@ from torch import Tensor
 from dpo.data.order import Order
 from dpo.data.stream import Stream, TokenizedPair, build_stream
 from dpo.errors import SelfCheckError
-from dpo.logps import pair_logps
 from dpo.losses import PairLogps
 from dpo.model.models import Models
-from dpo.model.scorer import Scorer
-from dpo.objective import Objective
+from dpo.model.pair_scores import score
+from dpo.model.scorer import Also, Scorer
+from dpo.objective import Inputs, Objective
 
 NUM_PAIRS = 2
 
@@ -55,8 +56,12 @@ def check_start(
             module.eval()
     with torch.no_grad():
         policy = models.scorer(stream)
-        itself = pair_logps(policy, policy, stream.sequence_ids, stream.num_pairs)
-        _check_loss(objective, itself)
+
+        def again(stream: Stream, *also: Also) -> Any:
+            return models.scorer(stream, *also) if also else policy
+
+        itself = score(stream, again, again, objective.inputs)
+        _check_loss(objective, *itself)
         if is_first_start and models.reference.mode != "zero":
             reference = models.reference.peek(stream)
             difference = (policy - reference).abs()
@@ -65,8 +70,8 @@ def check_start(
                 _check_reference(difference.mean(), allowed=0.02, is_cached=True)
             else:
                 _check_reference(difference.max(), allowed=1e-4, is_cached=is_cached)
-                logps = pair_logps(policy, reference, stream.sequence_ids, stream.num_pairs)
-                _check_first_loss(objective(logps), objective(itself))
+                scored = score(stream, again, models.reference.peek, objective.inputs)
+                _check_first_loss(objective(*scored), objective(*itself))
         if models.layout == "shared":
             padded = Scorer(models.policy.model, attention="padded")(stream)
             _check_layouts(policy, padded, allowed=0.05 if models.is_rounded else 1e-4)
@@ -92,11 +97,11 @@ def _check_reference(difference: Tensor, *, allowed: float, is_cached: bool) -> 
         )
 
 
-def _check_loss(objective: Objective, logps: PairLogps) -> None:
+def _check_loss(objective: Objective, logps: PairLogps, others: Inputs) -> None:
     with torch.enable_grad():
         names = ("policy_chosen_logps", "policy_rejected_logps")
         inputs = {name: getattr(logps, name).detach().requires_grad_() for name in names}
-        losses = objective(replace(logps, **inputs))
+        losses = objective(replace(logps, **inputs), others)
         shape = (len(logps.chosen_lengths),)
         if not (isinstance(losses, Tensor) and losses.shape == shape and losses.requires_grad):
             got = f"{tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +21,21 @@ from torch import Tensor
 
 from dpo.config import Config
 from dpo.data.loader import Pairs
-from dpo.data.order import Order, balance, micro_batches
+from dpo.data.order import Order, balance, is_due, micro_batches
 from dpo.data.stream import Stream, TokenizedPair, build_stream
 from dpo.errors import UserError
-from dpo.logps import pair_logps
 from dpo.losses import PairLogps
 from dpo.metrics import RunningMeans, pair_metrics
 from dpo.model.models import Models
+from dpo.model.pair_scores import score
+from dpo.model.reference import Zero
 from dpo.objective import Objective
 from dpo.plan.flops import Costs, work
 from dpo.train.budget import Budget
 from dpo.train.nonfinite import MAX_SKIPPED, NotFiniteError, bad_gradients, keep_findings
 from dpo.train.optim import learning_rate
 from dpo.train.throughput import LoggingInterval
+from dpo.train.whole_step import Scored, WholeStep, joined, look_at_step, of_all_ranks
 
 
 class MicroBatch(NamedTuple):
@@ -41,6 +44,7 @@ class MicroBatch(NamedTuple):
     positions: list[int]
     losses: Tensor
     metrics: Tensor
+    logps: PairLogps
 
 
 @dataclass
@@ -85,6 +89,9 @@ class TrainStep:
             self.update(step)
             for micro_batch in seen:
                 self.means.add(micro_batch.metrics)
+            if any(self.objective.memory):
+                columns, _ = of_all_ranks(joined([(m.positions, m.logps, {}) for m in seen]))
+                self.objective.remember(PairLogps(**columns))
         else:
             losses = [([indices[mine[i]] for i in m.positions], m.losses) for m in seen]
             self.refuse(step, losses)
@@ -103,21 +110,26 @@ class TrainStep:
         num_tokens = [pair.num_stream_tokens for pair in pairs]
         if self.accelerator.num_processes == 1 and self.budget.recover(step):
             self.say(f"memory: {self.budget.tokens} tokens a micro-batch again")
-        was_tried = False
+        was_tried, whole, kept = False, None, None
         while True:
             bins = micro_batches(num_tokens, self.budget.tokens)
             bins.sort(key=lambda positions: -sum(num_tokens[i] for i in positions))
             seen: list[MicroBatch] = []
             try:
+                if self.objective.is_step_wide and whole is None:
+                    whole, kept = self.look_ahead(step, pairs, bins)
                 for number, positions in enumerate(bins):
-                    with self.interval.stopwatch.part("data", on_host=True):
-                        stream = build_stream([pairs[i] for i in positions])
-                        stream = stream.to(self.accelerator.device)
-                    self.seed_dropout(step, number)
+                    stream = self.stream(step, number, [pairs[i] for i in positions])
+                    how = {}
+                    if whole:
+                        how = {"score": partial(self.score_within, whole, positions, kept)}
+                        kept = None  # the graph of a single micro-batch serves once
                     is_last = number == len(bins) - 1
                     no_sync = self.accelerator.no_sync(self.models.scorer)
                     with nullcontext() if is_last else no_sync:
-                        seen.append(MicroBatch(positions, *self.backward(stream, pairs_in_step)))
+                        seen.append(
+                            MicroBatch(positions, *self.backward(stream, pairs_in_step, **how))
+                        )
                 return seen
             except torch.OutOfMemoryError:
                 pass  # retry outside the except block: the traceback keeps the activations alive
@@ -131,26 +143,73 @@ class TrainStep:
             self.optimizer.zero_grad()
             torch.cuda.empty_cache()
 
-    def backward(self, stream: Stream, pairs_in_step: int) -> tuple[Tensor, Tensor]:
-        """Adds the gradient of one micro-batch; returns its losses and metrics, by pair."""
-        logps, losses = self.score(stream)
-        metrics = pair_metrics(logps, losses, beta=self.config.loss.beta)
+    def look_ahead(
+        self, step: int, pairs: list[TokenizedPair], bins: list[list[int]]
+    ) -> tuple[WholeStep, Scored | None]:
+        """Scores the step without gradient, for losses that need all of it; see `whole_step`.
+
+        A single micro-batch is scored with gradient, and is not scored again: it is returned.
+        """
+        has_graph = len(bins) == 1
+        scored = []
+        for number, positions in enumerate(bins):
+            stream = self.stream(step, number, [pairs[i] for i in positions])
+            with torch.set_grad_enabled(has_graph):
+                scored.append((positions, *self.read(stream)))
+        whole = look_at_step(self.objective, scored, self.accelerator)
+        return whole, scored[0][1:] if has_graph else None
+
+    def stream(self, step: int, micro_batch: int, pairs: list[TokenizedPair]) -> Stream:
+        """The micro-batch on the device, dropout set to its place."""
+        with self.interval.stopwatch.part("data", on_host=True):
+            stream = build_stream(pairs).to(self.accelerator.device)
+        self.seed_dropout(step, micro_batch)
+        return stream
+
+    def backward(
+        self,
+        stream: Stream,
+        pairs_in_step: int,
+        *,
+        score: Callable[[Stream], tuple[PairLogps, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor, PairLogps]:
+        """Adds the gradient of one micro-batch; returns its losses, metrics and log-probs."""
+        logps, losses = (score or self.score)(stream)
+        beta, per_token = self.config.loss.beta, self.config.rewards_per_token
+        metrics = pair_metrics(logps, losses, beta=beta, per_token=per_token)
         # 1, or NaN if a number here is not finite: then the gradient is on all ranks.
         is_sound = (1 + 0 * metrics.sum()).to(losses.dtype)
         # DDP averages gradients over ranks; times the number of ranks, that is their sum.
         scale = self.accelerator.num_processes / pairs_in_step
         self.accelerator.backward(losses.sum() * scale * is_sound)
-        return losses.detach(), metrics
+        return losses.detach(), metrics, PairLogps(*(x.detach() for x in vars(logps).values()))
 
     def score(self, stream: Stream) -> tuple[PairLogps, Tensor]:
         """Log-probs of one micro-batch under both models, and one loss per pair."""
-        policy = self.models.scorer(stream)
-        with self.interval.stopwatch.part("reference"):
-            reference = self.models.reference(stream)
+        logps, inputs = self.read(stream)
+        return logps, self.objective(logps, inputs)
+
+    def score_within(
+        self, whole: WholeStep, positions: list[int], kept: Scored | None, stream: Stream
+    ) -> tuple[PairLogps, Tensor]:
+        """As `score`, of a micro-batch within its step; only the policy is asked again."""
+
+        def reference(stream: Stream, *also: Any) -> Any:
+            return self._reference(stream, *also) if also else Zero()(stream)
+
+        again = kept or score(stream, self.models.scorer, reference, self.objective.inputs)
+        return whole.logps(positions), whole.linear(positions, again)
+
+    def read(self, stream: Stream) -> Scored:
+        """What the losses of one micro-batch read, from both models and from the rows."""
+        read = score(stream, self.models.scorer, self._reference, self.objective.inputs)
         flops = self.costs.flops(work(stream.segments, len(stream.targets), self.models.layout))
         self.interval.flops += flops.useful - flops.reference * self.models.reference.share_known
-        logps = pair_logps(policy, reference, stream.sequence_ids, stream.num_pairs)
-        return logps, self.objective(logps)
+        return read
+
+    def _reference(self, stream: Stream, *also: Any) -> Any:
+        with self.interval.stopwatch.part("reference"):
+            return self.models.reference(stream, *also)
 
     def seed_dropout(self, step: int, micro_batch: int) -> None:
         """Makes LoRA's dropout a function of the place in the run: no state to save or restore."""
@@ -171,6 +230,10 @@ class TrainStep:
             group["lr"] = self.interval.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        reference = self.config.reference
+        if reference.update != "never" and is_due(step, reference.update_steps):
+            share = reference.update_alpha if reference.update == "soft" else 1.0
+            self.models.reference.follow(self.models.policy, share)
 
     def refuse(self, step: int, losses_seen: list[tuple[list[int], Tensor]]) -> None:
         """Leaves out a step whose numbers are not finite; every rank must call.

@@ -123,7 +123,13 @@ class Tracker:
                 tqdm.write(text, file=sys.stderr)
 
     def log_evaluation(
-        self, step: int, evaluation: Evaluation, held_out: Pairs, *, beta: float
+        self,
+        step: int,
+        evaluation: Evaluation,
+        held_out: Pairs,
+        *,
+        beta: float,
+        per_token: bool = False,
     ) -> None:
         """Logs an evaluation: metrics, samples, and the log-probs of every held-out pair."""
         self.log(step, evaluation.metrics)
@@ -133,7 +139,7 @@ class Tracker:
         columns = held_out_columns(held_out, evaluation.logps)
         self._append(self._held_out, {"step": step, **columns})
         if self._writer:
-            chosen, rejected = implicit_rewards(evaluation.logps, beta=beta)
+            chosen, rejected = implicit_rewards(evaluation.logps, beta=beta, per_token=per_token)
             histograms = {
                 "rewards/chosen": chosen,
                 "rewards/rejected": rejected,

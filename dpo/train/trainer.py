@@ -27,7 +27,7 @@ from dpo.evaluate.evaluator import Evaluator
 from dpo.metrics import RunningMeans
 from dpo.model.models import build_models
 from dpo.model.named import check_vocabulary, load_tokenizer
-from dpo.objective import checked_objective
+from dpo.objective import FROM_ROWS
 from dpo.plan.disk import check_disk
 from dpo.plan.flops import costs
 from dpo.plan.gpus import peak_tflops
@@ -94,7 +94,7 @@ class Run:
     def __init__(self, config: Config):
         config.check()
         self.config = config
-        self.objective = checked_objective(config.loss.parts, config.reference_mode)
+        self.objective = config.objective()
         trackers = check_trackers(config.train.report_to)
         self.accelerator = accelerator = build_accelerator(config, trackers)
         device = accelerator.device
@@ -106,6 +106,9 @@ class Run:
         self.tokenizer = load_tokenizer(config.model)
         settle_day(config, accelerator, self.tokenizer, resume_from)
         self.data = data = main_first(accelerator, self._load_data)
+        for pairs in (data.train, data.held_out):
+            names = self.objective.inputs & FROM_ROWS
+            on_main(accelerator, partial(pairs.require, names, "loss: each pair needs"))
         largest = max(pairs.largest_id for pairs in (data.train, data.held_out))
         check_vocabulary(config.model, self.tokenizer, largest)
         self.order = order = Order.of(config.train, len(data.train), accelerator.num_processes)
@@ -126,7 +129,7 @@ class Run:
         self.optimizer = accelerator.prepare(
             build_optimizer(policy.model, config.optim), device_placement=[False]
         )
-        watch = Watch(config.loss.beta if models.reference.mode != "zero" else None)
+        watch = Watch(config.loss.beta if config.has_fixed_reference else None)
         self.tracker = Tracker(accelerator, self.folder, watch)
         self.output = Output(config, models, data, self.tokenizer, self.tracker, device)
         # The reference is what the policy was at step 0, so a checkpoint is loaded only now.
@@ -136,6 +139,9 @@ class Run:
                 state = checkpoints.load_checkpoint(
                     resume_from, policy.model, self.optimizer.optimizer, self.identity
                 )
+                if config.reference.update != "never":
+                    models.reference.load(checkpoints.load_reference(resume_from))
+                self.objective.load(state.get("memory", self.objective.memory))
             self.start_step: int = state.get("step", 0)
             self._evaluated_at: int = state.get("evaluated_at", self.start_step or -1)
             name = config.train.metric_for_best_model or ""
@@ -215,6 +221,7 @@ class Run:
 
     def check_start(self) -> None:
         """Refuses to train on numbers that cannot be trusted, see `dpo.train.selfcheck`."""
+        assert self.identity  # computed while the reference is still what it was
         check_start(
             self.models,
             shortest_pairs(self.data.train, self.order).to(self.accelerator.device),
@@ -267,7 +274,11 @@ class Run:
         self._evaluated_at = step
         self.interval.restart_clock()  # evaluation is not training time
         self.tracker.log_evaluation(
-            step, evaluation, self.data.held_out, beta=self.config.loss.beta
+            step,
+            evaluation,
+            self.data.held_out,
+            beta=self.config.loss.beta,
+            per_token=self.config.rewards_per_token,
         )
         if step and self.config.train.metric_for_best_model:
             keep_best = partial(self._keep_best, step, evaluation.metrics)
@@ -288,6 +299,7 @@ class Run:
         budget.tokens = smallest_over_ranks(self.accelerator, budget.tokens)
         state = {**budget.state, "sums": self.means.state(self._sum)}
         state |= {"skipped": self.train_step.num_skipped}
+        state |= {"memory": self.objective.memory}
         state |= {"best": self.best, "misses": self.misses, "evaluated_at": self._evaluated_at}
         write = partial(
             checkpoints.save_checkpoint,
@@ -298,6 +310,7 @@ class Run:
             self.config,
             self.identity,
             state,
+            self.models.reference.state if self.config.reference.update != "never" else None,
         )
         name = checkpoint_name(step)
         problem = on_main(self.accelerator, lambda: self.output.attempt(name, write))

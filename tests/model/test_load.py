@@ -121,7 +121,7 @@ def test_an_adapter_folder_is_trained_on_with_its_frozen_copy_as_reference(tmp_p
     settings = config(folder)
     settings.lora.dropout = 0.0
     policy = load_policy(settings, "cpu")
-    assert policy.starts_from_adapter
+    assert policy.has_reference_adapter
     assert any("of lora.*, only dropout is used" in note for note in policy.notes)
     trained = [n for n, p in policy.model.named_parameters() if p.requires_grad]
     assert trained
@@ -266,7 +266,7 @@ def test_an_adapter_of_the_hub_is_an_adapter(tmp_path, monkeypatch, has_config):
         shutil.copy(Path(QUICKSTART_MODEL) / "config.json", local)
     put_on_the_hub(monkeypatch, tmp_path, "someone/sft", local)
     policy = load_policy(config("someone/sft"), "cpu")
-    assert policy.starts_from_adapter
+    assert policy.has_reference_adapter
     assert any("adapter from someone/sft: r 2" in note for note in policy.notes)
     expected = Scorer(load_policy(config(local), "cpu").model.eval())(STREAM)
     assert torch.equal(Scorer(policy.model.eval())(STREAM), expected)
@@ -284,7 +284,7 @@ def test_a_model_of_the_hub_is_no_adapter_and_an_adapters_base_may_be_there(tmp_
     (local / "adapter_config.json").write_text(json.dumps(settings))
     base = named.base_of(config(local, revision="of-the-adapter").model)
     assert (base.name_or_path, base.revision) == ("someone/base", "a" * 40)
-    assert load_policy(config(local), "cpu").starts_from_adapter
+    assert load_policy(config(local), "cpu").has_reference_adapter
 
 
 def test_an_adapter_on_an_adapter_is_refused(tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from dpo.data.stream import TokenizedPair
 from dpo.errors import UserError
+from dpo.model import pair_scores
 from dpo.train import nonfinite, step
 from dpo.train.nonfinite import MAX_SKIPPED, NotFiniteError, first_bad_layer
 from tests.chaos.runs import outcome
@@ -19,7 +20,7 @@ NAN = float("nan")
 
 def poison(monkeypatch, *steps, value=NAN, rows=slice(None)):
     """Makes the policy's log-probs of some answers not finite, in these steps of each run."""
-    pair_logps, take = step.pair_logps, step.TrainStep.__call__
+    pair_logps, take = pair_scores.pair_logps, step.TrainStep.__call__
     now = []
 
     def taken(self, number):
@@ -34,7 +35,7 @@ def poison(monkeypatch, *steps, value=NAN, rows=slice(None)):
         return pair_logps(policy, reference, ids, num_pairs)
 
     monkeypatch.setattr(step.TrainStep, "__call__", taken)
-    monkeypatch.setattr(step, "pair_logps", poisoned)
+    monkeypatch.setattr(pair_scores, "pair_logps", poisoned)
 
 
 def found_at(folder, number):
