@@ -4,6 +4,7 @@ python docs/losses_picture.py
 
 The chosen answer's log-ratio is half the gap, the rejected one's minus half; both answers have one
 token, and beta is 1. A loss without a reference sees log-probs of -4 plus and minus half the gap.
+What else a loss reads is in INPUTS. A loss of the whole step sees steps of one pair.
 """
 
 from pathlib import Path
@@ -15,10 +16,15 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from dpo.losses import LOSSES, WITHOUT_REFERENCE, PairLogps
+from dpo.objective import TAILS, Part, asked_of
 
 OPTIONS = {"robust": {"label_smoothing": 0.1}, "exo_pair": {"label_smoothing": 0.01}}
 OPTIONS |= {"focal": {"gamma": 1.0}, "dpop": {"penalty": 2.0}, "chipo": {"reward_bound": 3.0}}
-COLUMNS = 6
+INPUTS = {"margins": 1.0, "chosen_scores": 2.0, "rejected_scores": 0.0, "on_policy_weights": 0.5}
+INPUTS |= {"dispersions": 0.3, "chosen_kls": 0.5, "rejected_kls": 1.5}
+INPUTS |= dict.fromkeys(TAILS, 0.0)
+REMEMBERED = {"delta": 1.0, "gap_mean": 0.0, "gap_deviation": 2.0}
+COLUMNS = 7
 
 
 def curve(name: str) -> tuple[list[float], list[float], list[float]]:
@@ -29,7 +35,11 @@ def curve(name: str) -> tuple[list[float], list[float], list[float]]:
     base = torch.full_like(gaps, -4.0)
     one = torch.ones_like(gaps)
     logps = PairLogps(base + gaps / 2, base - gaps / 2, base, base, one, one)
-    losses = LOSSES[name](logps, beta=1.0, **OPTIONS.get(name, {}))
+    asked = asked_of(Part(name, 1.0, {"beta": 1.0}))
+    given = {key: REMEMBERED.get(key, one[:1] * INPUTS.get(key, 0.0)) for key in asked}
+    steps = zip(*(vector.split(1) for vector in vars(logps).values()), strict=True)
+    options = {**OPTIONS.get(name, {}), **given}
+    losses = torch.cat([LOSSES[name](PairLogps(*one), beta=1.0, **options) for one in steps])
     (slopes,) = torch.autograd.grad(losses.sum(), gaps)
     return gaps.tolist(), losses.tolist(), slopes.tolist()
 
@@ -37,7 +47,7 @@ def curve(name: str) -> tuple[list[float], list[float], list[float]]:
 def main() -> None:
     """Draws all panels into one picture."""
     rows = -(-len(LOSSES) // COLUMNS)
-    figure, panels = plt.subplots(rows, COLUMNS, figsize=(13, 2.1 * rows), sharex=True)
+    figure, panels = plt.subplots(rows, COLUMNS, figsize=(14, 2.0 * rows), sharex=True)
     for panel, name in zip(panels.flat, LOSSES, strict=False):
         gaps, losses, slopes = curve(name)
         panel.axhline(0, color="#bbbbbb", linewidth=0.8)

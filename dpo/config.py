@@ -354,6 +354,15 @@ class Config:
         return rewards_per_token(self.loss.parts, self.reference_mode)
 
     @property
+    def rewards(self) -> str:
+        """What the run's rewards are, in words."""
+        if self.reference_mode == "zero":
+            of = "mean log-probs of a token" if self.rewards_per_token else "log-probs"
+            return f"beta times {of}, without a reference"
+        moving = " to a reference that moves" if self.reference.update != "never" else ""
+        return f"beta times log-ratios{moving}"
+
+    @property
     def has_cache(self) -> bool:
         """Whether the reference's log-probs are kept; auto keeps none that would not be enough."""
         from dpo.objective import needs_live_reference

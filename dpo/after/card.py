@@ -23,8 +23,8 @@ _SHOWN = {
     "model": "revision dtype quantization adapter",
     "lora": "r alpha dropout target_modules use_rslora use_dora",
     "data": "subset split eval_fraction max_prompt_length max_length on_overlong truncation",
-    "loss": "type beta label_smoothing",
-    "reference": "mode",
+    "loss": "type beta label_smoothing options",
+    "reference": "mode update",
     "optim": "name learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm",
     "train": "per_device_train_batch_size gradient_accumulation_steps seed",
 }
@@ -72,6 +72,7 @@ def write_run_card(
         "held_out_source": held_out and _dataset_name(held_out),
         "report": _plain_reasons(logs.data_report),
         "settings": _settings(config),
+        "rewards": config.rewards,
         "results": _results(logs, step),
         "samples": _samples(logs, step),
         "base": base,
@@ -140,7 +141,7 @@ def _settings(config: Config) -> list[tuple[str, str]]:
         (f"{section}.{key}", _plain(str(nested[section][key])))
         for section, keys in _SHOWN.items()
         for key in keys.split()
-        if section not in unused and nested[section][key] is not None
+        if section not in unused and nested[section][key] not in (None, {}, "never")
     ]
 
 

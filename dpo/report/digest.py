@@ -62,11 +62,17 @@ def about(logs: RunLogs) -> list[str]:
     model, data, loss = (logs.config.get(section, {}) for section in ("model", "data", "loss"))
     parts = [model.get("name_or_path", ""), shown(data.get("name_or_path", ""))]
     if logs.beta is not None:
-        parts.append(f"{loss['type']} loss, beta {logs.beta:g}")
+        parts.append(f"{_loss_name(loss['type'])} loss, beta {logs.beta:g}")
     if logs.metrics:
         last = max(line["step"] for line in logs.metrics)
         parts.append(f"{last} step{'s' * (last != 1)}")
     return [part for part in parts if part]
+
+
+def _loss_name(loss: Any) -> str:
+    if isinstance(loss, list):
+        return " + ".join(f"{part.get('weight', 1.0):g} {part['type']}" for part in loss)
+    return str(loss)
 
 
 def shown(value: Any) -> str:
@@ -137,12 +143,14 @@ def _differ(one: float, other: float, count: int) -> bool:
 
 def findings(logs: RunLogs) -> list[Finding]:
     """The warnings that follow from the metrics, and from the lengths of the answers."""
-    beta = logs.beta if _has_reference(logs) else None
+    is_plain = _has_reference(logs) and "moves" not in logs.rewards
+    beta = logs.beta if is_plain else None
     return [*diagnose(logs.metrics, beta), *length_bias(logs)]
 
 
 def _has_reference(logs: RunLogs) -> bool:
-    return logs.config.get("reference", {}).get("mode") != "zero"
+    is_zero = logs.config.get("reference", {}).get("mode") == "zero"
+    return not is_zero and "without a reference" not in logs.rewards
 
 
 def token_pairs(logs: RunLogs) -> tuple[list[Line], float]:

@@ -1,6 +1,7 @@
 """What a run wrote into its folder, read back. Any of the files may be missing."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ class RunLogs:
     def beta(self) -> float | None:
         """The scale of the rewards; None without a configuration."""
         return self.config.get("loss", {}).get("beta")
+
+    @property
+    def rewards(self) -> str:
+        """What the run's rewards are, as its header says."""
+        said = re.search("^note: rewards are (.*)$", self.header, re.MULTILINE)
+        return said[1] if said else "beta times log-ratios"
 
     @property
     def has_one_right_answer(self) -> bool:

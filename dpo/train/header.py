@@ -102,6 +102,15 @@ def _remarks(
 ) -> list[str]:
     """What is allowed and probably not meant, and settings of the environment that are ignored."""
     remarks = [config.note] if config.note else []
+    if not config.has_fixed_reference:
+        remarks.append(f"rewards are {config.rewards}")
+    if config.reference.update != "never":
+        remarks.append(
+            f"the reference moves to the policy every {config.reference.update_steps} steps "
+            f"({config.reference.update})"
+        )
+    if config.has_fixed_reference and config.reference.cache == "auto" and not config.has_cache:
+        remarks.append("no reference cache: the loss reads more of the reference than log-probs")
     warmup = config.optim.num_warmup_steps(order.num_steps)
     if config.optim.warmup_ratio is not None:
         remarks.append(f"optim.warmup_ratio: a warm-up of {warmup} steps, not of warmup_steps")
