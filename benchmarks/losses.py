@@ -16,6 +16,8 @@ from typing import Any
 
 import common
 
+from dpo.config import PACKAGE
+
 # Beta, options, and other flags; the quickstart's learning rate is 1e-3.
 SETTINGS: dict[str, dict[str, Any]] = {
     "sigmoid": {"beta": 0.3},
@@ -42,8 +44,33 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cpo": {"beta": 0.3},
     "slic": {"beta": 0.3},
     "sft": {"beta": 0.3},
+    "odpo": {"beta": 0.3, "options": {"alpha": 0.5}},
+    "rpo_sq": {"beta": 0.3},
+    "rpo_bwd_kl": {"beta": 0.3},
+    "rpo_fwd_kl": {"beta": 0.3},
+    "wpo": {"beta": 0.3},
+    "mallows": {"beta": 0.3, "options": {"phi": 0.5}},
+    "tdpo1": {"beta": 0.3},
+    "tdpo2": {"beta": 0.3},
+    "ld_dpo": {"beta": 0.3},
+    "aot": {"beta": 0.3},
+    "aot_unpaired": {"beta": 0.3},
+    "kto_pair": {"beta": 0.3},
+    "dr_dpo": {"beta": 0.3},
+    "beta_dpo": {"beta": 0.3, "options": {"alpha": 0.1}},
+    "bco_pair": {"beta": 0.3},
+    "alpha_dpo": {"beta": 2.0},
 }
+SCORES = {"chosen_score": 4.0, "rejected_score": 0.0}  # the right answer's, and the wrong one's
 HEAD = "loss|settings|right answers|reward accuracy|loss at the end|KL|tokens an answer|s a step"
+
+
+def scored(part: str, folder: Path) -> Path:
+    """The quickstart's rows with scores."""
+    lines = (PACKAGE / "quickstart" / f"{part}.jsonl").read_text().splitlines()
+    file = folder / f"{part}.jsonl"
+    file.write_text("".join(json.dumps(json.loads(line) | SCORES) + "\n" for line in lines))
+    return file
 
 
 def trained(name: str, settings: dict[str, Any], steps: int, folder: Path) -> list[str]:
@@ -51,6 +78,9 @@ def trained(name: str, settings: dict[str, Any], steps: int, folder: Path) -> li
     flags = {f"--loss.{key}": value for key, value in settings.items()}
     flags |= {"--loss.type": name, "--train.max_steps": steps, "--train.eval_steps": steps}
     flags |= {"--train.output_dir": folder / name, "--train.write_report": "false"}
+    if name in ("odpo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"):
+        flags |= {"--data.name_or_path": scored("train", folder)}
+        flags |= {"--data.eval_path": scored("eval", folder)}
     words = [word for flag, value in flags.items() for word in (flag, str(value))]
     command = [sys.executable, "-m", "dpo", "train", *words, "--train.report_to", "none"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -377,7 +377,7 @@ def alphapo(
 
     Source: Gupta et al. 2025, arXiv:2501.03884.
     """
-    a, b = ((1 - _exp(-alpha * x)) / alpha if alpha else x for x in logps.avg_logps)
+    a, b = (-_expm1(-alpha * x) / alpha if alpha else x for x in logps.avg_logps)
     return -F.logsigmoid(beta * (a - b - gamma_over_beta))
 
 
@@ -794,19 +794,20 @@ def scores(
 ) -> Float[Tensor, " pairs"]:
     """What a log-ratio x is worth when the policy is held near its reference by a divergence.
 
-    reverse_kl: x; forward_kl: -exp(-x); js: log 2 + log sigma(x); alpha: (1 - exp(-alpha x)) /
+    reverse_kl: x; forward_kl: 1 - exp(-x); js: log 2 + log sigma(x); alpha: (1 - exp(-alpha x)) /
     alpha, alpha in (0, 1). A constant of the prompt cancels between two answers, so only losses of
     score(c) - score(r) take it.
 
-    Source: Wang et al. 2023, arXiv:2309.16240; score is f'(u) at u = exp(x), less a constant.
+    Source: Wang et al. 2023, arXiv:2309.16240; score is f'(u) - f'(1) at u = exp(x), so that it is
+    0 where policy and reference agree, also after a division by lengths.
     """
     if divergence == "reverse_kl":
         return logratios
     if divergence == "js":
         return math.log(2) + F.logsigmoid(logratios)
     if divergence == "forward_kl":
-        return -_exp(-logratios)
-    return (1 - _exp(-alpha * logratios)) / alpha
+        return -_expm1(-logratios)
+    return -_expm1(-alpha * logratios) / alpha
 
 
 def gap(
@@ -847,6 +848,11 @@ def _moved(old: float, new: Tensor) -> float:
 def _exp(x: Tensor) -> Tensor:
     """exp(x), with x capped below what overflows; beyond the cap, there is no gradient."""
     return torch.exp(x.clamp(max=_cap(x)))
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1, capped alike."""
+    return torch.expm1(x.clamp(max=_cap(x)))
 
 
 def _cap(x: Tensor) -> float:

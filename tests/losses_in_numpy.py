@@ -23,7 +23,7 @@ def s(x, divergence, alpha):
     u = np.exp(x)
     return {
         "reverse_kl": lambda: np.log(u),
-        "forward_kl": lambda: -1 / u,
+        "forward_kl": lambda: 1 - 1 / u,
         "js": lambda: np.log(2 * u / (1 + u)),
         "alpha": lambda: (1 - u ** (-alpha)) / alpha,
     }[divergence]()

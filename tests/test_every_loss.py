@@ -165,10 +165,8 @@ def held(name, start, logps, beta, **options):
     )
 
 
-@every_case
+@pytest.mark.parametrize(("name", "options"), [c for c in CASES if c[0] in NOT_DIFFERENTIATED])
 def test_its_constants_are_not_differentiated_and_its_value_is_the_same(name, options):
-    if name not in NOT_DIFFERENTIATED:
-        pytest.skip("it has none")
     logps = random_pairs(12, dtype=torch.float64, scale=2.0)
     small = PairLogps(*(vector / 8 for vector in list(vars(logps).values())[:4]),
                       logps.chosen_lengths, logps.rejected_lengths)  # fmt: skip
@@ -261,6 +259,7 @@ def test_it_reads_its_reference_or_it_says_that_it_does_not(name, options):
 
 
 LN2 = math.log(2)
+# Of r_dpo it depends on lengths; of those without a reference and alpha_dpo, on log-probs.
 AT_START = {
     "sigmoid": lambda **_: LN2,
     "ipo": lambda beta, **_: 1 / (4 * beta**2),
@@ -307,20 +306,22 @@ START = {"chosen_kls": 0.0, "rejected_kls": 0.0} | dict.fromkeys(TAILS, -1.5) | 
 }  # fmt: skip
 
 
+def test_only_losses_of_lengths_or_of_bare_log_probs_have_no_known_start():
+    assert LOSSES.keys() - AT_START.keys() == WITHOUT_REFERENCE | {"r_dpo", "alpha_dpo"}
+
+
 def entropy(log_odds):
     p = 1 / (1 + math.exp(-log_odds))
     return -p * math.log(p) - (1 - p) * math.log(1 - p)
 
 
-@every_case
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if case[0] in AT_START])
 def test_its_value_at_step_0_is_the_known_one(name, options):
-    """Policy = reference; answers of one length, since scores per token do not cancel otherwise."""
-    if name not in AT_START:
-        pytest.skip("it depends on lengths, or on the log-probs themselves")
+    """Policy = reference, whatever the lengths."""
     logps = pairs([0.0])
     same = PairLogps(
         logps.ref_chosen_logps, logps.ref_rejected_logps, *list(vars(logps).values())[2:4],
-        torch.tensor([4]), torch.tensor([4]),
+        torch.tensor([4]), torch.tensor([7]),
     )  # fmt: skip
     asked = inputs_of(name, 1).keys()
     given = {key: START[key] for key in asked}
