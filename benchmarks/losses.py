@@ -76,6 +76,7 @@ def scored(part: str, folder: Path) -> Path:
 def trained(name: str, settings: dict[str, Any], steps: int, folder: Path) -> list[str]:
     """The row of one loss; an error is its last cell."""
     flags = {f"--loss.{key}": value for key, value in settings.items()}
+    flags |= {"--config": PACKAGE / "quickstart" / "config.yaml"}
     flags |= {"--loss.type": name, "--train.max_steps": steps, "--train.eval_steps": steps}
     flags |= {"--train.output_dir": folder / name, "--train.write_report": "false"}
     if name in ("odpo", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"):
