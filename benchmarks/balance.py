@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo.data.order import balance
-from dpo.data.stream import Segment
+from dpo.data.stream import build_stream
 from dpo.plan.flops import Costs, work
 
 LENGTHS = Path(__file__).parent / "orca_lengths.json"
@@ -72,7 +72,9 @@ def table() -> str:
 def flops(lengths: np.ndarray) -> np.ndarray:
     """FLOPs of each (prompt, chosen, rejected): forward, backward and reference."""
     works = [
-        work([Segment(0, prompt, chosen - 1, rejected - 1)], chosen + rejected)
+        work(
+            build_stream([([0] * prompt, [1] * chosen, [2] * rejected)]).segments, chosen + rejected
+        )
         for prompt, chosen, rejected in lengths.tolist()
     ]
     return np.array([MISTRAL.flops(pair).total for pair in works])

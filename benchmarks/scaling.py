@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo.cli import parse
-from dpo.data.stream import Segment
+from dpo.data.stream import build_stream
 from dpo.plan.fake import FakePolicy
 from dpo.plan.fit import Saving
 from dpo.plan.flops import Costs, costs, work
@@ -85,7 +85,9 @@ def measure(shape: tuple[int, ...]) -> Model:
         trains_base=False,
     )
     prompt, chosen, rejected = LENGTHS
-    its_work = work([Segment(0, prompt, chosen - 1, rejected - 1)], chosen + rejected)
+    its_work = work(
+        build_stream([([0] * prompt, [1] * chosen, [2] * rejected)]).segments, chosen + rejected
+    )
     return Model(
         base=int(at_depth("base")),
         adapter=int(at_depth("adapter")),

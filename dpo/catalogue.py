@@ -129,7 +129,7 @@ CATALOGUE = {
     "learning_rate": Metric("Learning rate", "Learning rate of the step's update.", logged=_TRAIN),
     "tokens_per_second": Metric(
         "Tokens per second",
-        "Tokens that pass through the policy, over all devices.",
+        "Tokens of the pairs, what both answers share once, over all devices.",
         better=max,
         logged=_TRAIN,
     ),

@@ -391,11 +391,14 @@ class Config:
         self._check_held_out()
 
     def _check_reference(self) -> None:
+        from dpo.objective import is_own, needs_live_reference
+
         reference, is_set = self.reference, self.reference.cache not in ("auto", "off")
         if self.reference_mode == "zero" and is_set:
             refuse("reference.cache", reference.cache, "auto or off, since reference.mode is zero")
         if reference.update == "never":
-            if is_set and not self.has_cache:
+            known = [part for part in self.loss.parts if not is_own(part.name)]
+            if is_set and needs_live_reference(known):
                 names = " and ".join(part.name for part in self.loss.parts)
                 wanted = f"auto or off: of log-probs alone, {names} cannot be computed"
                 refuse("reference.cache", reference.cache, wanted)

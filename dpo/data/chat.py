@@ -31,7 +31,7 @@ from dpo.data.bounded import CHARACTERS, SECONDS, in_time
 from dpo.data.encoding import Encoder
 from dpo.data.formats import IM_START, SYSTEM_ROLES, Message, Preference, RowError
 from dpo.data.limits import Limits
-from dpo.data.stream import TokenizedPair
+from dpo.data.stream import TokenizedPair, common_prefix
 from dpo.data.templates import IM_END
 from dpo.errors import UserError
 
@@ -485,14 +485,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _strings(item)
-
-
-def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Length of the longest common prefix: where an answer begins to differ from its prompt."""
-    if b[: len(a)] == a:  # nearly always true, and the comparison runs in C
-        return len(a)
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[int]:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dpo.config import TrainConfig
+from dpo.data.stream import LEAST_SHARED, common_prefix
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,57 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def micro_batches(num_tokens: Sequence[int], budget: int) -> list[list[int]]:
+def micro_batches(
+    num_tokens: Sequence[int], budget: int, prompts: Sequence[Sequence[int]] | None = None
+) -> list[list[int]]:
     """Splits pairs into few bins of at most `budget` tokens each; a longer pair is a bin by itself.
+
+    With `prompts`, pairs whose prompts open alike meet in one bin, where the opening counts once.
+    The bins are a function of the ids alone.
 
     Returns positions, in bins of nearly equal size; [[]] for no pairs, since a rank without pairs
     still takes part in the step.
     """
-    at_least = math.ceil(sum(min(n, budget) for n in num_tokens) / budget)
-    no_two_share = sum(2 * n > budget for n in num_tokens)
+    runs, sizes = [[i] for i in range(len(num_tokens))], [*num_tokens]
+    if prompts:
+        runs, sizes = _runs(num_tokens, budget, prompts)
+    at_least = math.ceil(sum(min(n, budget) for n in sizes) / budget)
+    no_two_share = sum(2 * n > budget for n in sizes)
     num_bins = max(1, at_least, no_two_share)
     while True:
-        bins = balance(num_tokens, num_bins)
-        if all(len(b) <= 1 or sum(num_tokens[i] for i in b) <= budget for b in bins):
-            return [b for b in bins if b] or [[]]
+        bins = balance(sizes, num_bins)
+        if all(len(b) <= 1 or sum(sizes[i] for i in b) <= budget for b in bins):
+            return [[p for run in b for p in runs[run]] for b in bins if b] or [[]]
         num_bins += 1 + num_bins // 20  # one by one would take minutes for thousands of pairs
+
+
+def _runs(
+    num_tokens: Sequence[int], budget: int, prompts: Sequence[Sequence[int]]
+) -> tuple[list[list[int]], list[int]]:
+    """Pairs that open alike, by their ids, cut where the budget ends; and tokens of each run.
+
+    At most so many are computed: answers may have openings in common as well. Runs are in the order
+    of their first pairs, and a pair that opens like no other is a run of its own.
+    """
+    alike: dict[Sequence[int], list[int]] = {}
+    for position, prompt in enumerate(prompts):
+        opening = tuple(prompt[:LEAST_SHARED])
+        is_long = len(opening) == LEAST_SHARED
+        alike.setdefault(opening if is_long else (-1, position), []).append(position)
+    runs: list[list[int]] = []
+    sizes: list[int] = []
+    for positions in alike.values():
+        before = None
+        for position in sorted(positions, key=lambda p: list(prompts[p])):
+            size = num_tokens[position]
+            shared = 0 if before is None else common_prefix(prompts[before], prompts[position])
+            if before is None or sizes[-1] + size - shared > budget:
+                runs.append([])
+                sizes.append(shared := 0)
+            runs[-1].append(position)
+            sizes[-1] += size - shared
+            before = position
+    return runs, sizes
 
 
 def balance(num_tokens: Sequence[int], num_bins: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Pairs to a Stream: the batch. One line of tokens, and a flat list of what is scored in it.
+"""Pairs to a Stream: the batch. A trie of token sequences, and a flat list of what is scored in it.
 
 For one pair with prompt `a b c`, chosen answer `X Y .` and rejected answer `Z .` (`.` ends a turn):
 
@@ -14,23 +14,37 @@ The shift by one between input and target happens here and nowhere else. The las
 prompt is indexed twice: it predicts the first token of both answers. The last token of an answer is
 a target and never an input. Prompt tokens are never targets, and there is no padding.
 
-Where both answers begin alike, the common opening is computed once too (it joins the prompt in the
-*shared* part) and its states are indexed twice; it is still scored for both answers. Causality
-makes this exact: a state depends only on what stands before it, which is the same in both.
+The prompt is no special case. A sequence, prompt and answer, adds to the stream only what no
+earlier one begins with: its *segment*, whose *path* is the opening that is there already. So
+answers share their prompt, and an opening of their own; pairs share a system prompt:
+
+    system prompt, question, chosen_0          segment 0
+                        `--- rejected_0        segment 1, path: 0
+        `----------- question, chosen_1        segment 2, path: 0
+                              `--- rejected_1  segment 3, path: 0 (up to the question), 2
+
+Each sequence indexes the states on its path as well as its own, so what is scored, and how often,
+does not depend on what is shared. Causality makes this exact: a state depends only on the tokens
+before it, which are the same.
 
 Computing a pair's prompt once is the idea of Wang and Hegde 2024 (arXiv:2410.20305). What is
-different here: the batch has no padding, answers share their opening too, and every shared state
-is scored for both answers.
+different here: the batch has no padding, sequences share any opening, within a pair and across
+pairs, and every shared state is scored for each of them.
 """
 
 import hashlib
 from array import array
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+LEAST_SHARED = 16
+"""Tokens that pairs must have in common to share them; two answers share whatever prompt."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +72,7 @@ class TokenizedPair:
     def num_shared_answer_tokens(self) -> int:
         """Length of the answers' common opening; an answer's last token, no input, is not in it."""
         longest = min(len(self.chosen_ids), len(self.rejected_ids)) - 1
-        pairs = zip(self.chosen_ids[:longest], self.rejected_ids[:longest], strict=True)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), longest)
+        return common_prefix(self.chosen_ids[:longest], self.rejected_ids[:longest])
 
     @property
     def num_scored_tokens(self) -> int:
@@ -91,28 +104,38 @@ class TokenizedPair:
 
 @dataclass(frozen=True)
 class Segment:
-    """Where one pair lies in the stream, as plain integers: `[shared | chosen | rejected]`.
+    """What one sequence adds to the stream, as plain integers; it may be nothing.
 
-    `shared` counts the prompt and the common opening. Each answer attends to the shared part and,
-    causally, to itself.
+    Its tokens attend to all of its path and, causally, to themselves.
+
+    Attributes:
+        start: where they begin.
+        length: how many there are.
+        path: what comes before them, from the beginning of the sequence: earlier segments, and how
+            many of their first tokens.
     """
 
     start: int
-    shared: int
-    chosen: int
-    rejected: int
+    length: int
+    path: tuple[tuple[int, int], ...] = ()
 
     @property
     def end(self) -> int:
-        """Index after the pair's last token."""
-        return self.start + self.shared + self.chosen + self.rejected
+        """Index after the last token."""
+        return self.start + self.length
+
+    @property
+    def depth(self) -> int:
+        """Tokens on its path: the position of its first one."""
+        return sum(length for _, length in self.path)
 
 
 @dataclass(frozen=True)
 class Stream:
     """A micro-batch. Axes: `tokens` (inputs), `scored` (targets of all answers, in order).
 
-    `segments` says where each of `pairs` lies; both stay on the host.
+    `segments` says where each sequence lies, chosen_0, rejected_0, chosen_1, ...; they and the
+    `pairs` stay on the host.
     """
 
     input_ids: Int[Tensor, " tokens"]
@@ -126,7 +149,7 @@ class Stream:
     @property
     def num_pairs(self) -> int:
         """Pairs in the stream; twice as many sequences."""
-        return len(self.segments)
+        return len(self.pairs)
 
     def to(self, device: torch.device | str) -> "Stream":
         """The same stream on another device; the copy does not wait for the device."""
@@ -150,7 +173,9 @@ def packed_to_device(tensors: Sequence[Tensor], device: torch.device | str) -> t
 def build_stream(
     pairs: Sequence[TokenizedPair | tuple[Sequence[int], Sequence[int], Sequence[int]]],
 ) -> Stream:
-    """Lays pairs (prompt_ids, chosen_ids, rejected_ids) end to end; an empty list is legal.
+    """Lays the sequences of pairs (prompt_ids, chosen_ids, rejected_ids) into one trie.
+
+    An empty list is legal.
 
     Raises:
         ValueError: a prompt or an answer without tokens; nothing would predict, or be predicted.
@@ -160,7 +185,7 @@ def build_stream(
     predictors: list[int] = []
     targets: list[int] = []
     sequence_ids: list[int] = []
-    segments: list[Segment] = []
+    openings = _Openings()
     items = [pair if isinstance(pair, TokenizedPair) else TokenizedPair(*pair) for pair in pairs]
     for number, pair in enumerate(items):
         prompt, chosen, rejected = map(list, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
@@ -169,32 +194,18 @@ def build_stream(
                 f"pair {number}: got {len(prompt)} prompt, {len(chosen)} chosen and "
                 f"{len(rejected)} rejected tokens, wanted at least one of each"
             )
-        common = pair.num_shared_answer_tokens
-        segment = Segment(
-            start=len(input_ids),
-            shared=len(prompt) + common,
-            chosen=len(chosen) - 1 - common,
-            rejected=len(rejected) - 1 - common,
-        )
-        input_ids += prompt + chosen[:-1] + rejected[common:-1]
-        position_ids += range(segment.shared + segment.chosen)
-        position_ids += range(segment.shared, segment.shared + segment.rejected)
-        segments.append(segment)
-
-        last_prompt = segment.start + len(prompt) - 1
-        own_rejected = segment.start + segment.shared + segment.chosen
-        for sequence, answer, scored, states in (
-            # The states before each token of an answer. The chosen ones are contiguous.
-            (2 * number, chosen, pair.chosen_scored, range(last_prompt, own_rejected)),
-            (
-                2 * number + 1,
-                rejected,
-                pair.rejected_scored,
-                [*range(last_prompt, last_prompt + common + 1), *range(own_rejected, segment.end)],
-            ),
+        for sequence, answer, scored in (
+            (2 * number, chosen, pair.chosen_scored),
+            (2 * number + 1, rejected, pair.rejected_scored),
         ):
+            ids = prompt + answer[:-1]
+            states = openings.add(ids, mate=2 * number if sequence % 2 else None)
+            depth = openings.segments[-1].depth
+            input_ids += ids[depth:]
+            position_ids += range(depth, len(ids))
             marks = [True] * len(answer) if scored is None else scored
-            for state, token, is_scored in zip(states, answer, marks, strict=True):
+            before = states[len(prompt) - 1 :]  # the states before each token of the answer
+            for state, token, is_scored in zip(before, answer, marks, strict=True):
                 if is_scored:
                     predictors.append(state)
                     targets.append(token)
@@ -209,6 +220,60 @@ def build_stream(
         tensor(predictors),
         tensor(targets),
         tensor(sequence_ids),
-        tuple(segments),
+        tuple(openings.segments),
         tuple(items),
     )
+
+
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many items both begin with."""
+    if b[: len(a)] == a:  # nearly always true, and the comparison runs in C
+        return len(a)
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+class _Openings:
+    """The sequences of a stream, and where in it their tokens are.
+
+    Attributes:
+        segments: one a sequence.
+    """
+
+    def __init__(self) -> None:
+        self.segments: list[Segment] = []
+        self._ids: list[list[int]] = []
+        self._states: list[list[int]] = []
+        self._sorted: list[tuple[list[int], int]] = []
+
+    def add(self, ids: list[int], *, mate: int | None) -> list[int]:
+        """Adds a sequence; returns where its tokens are, shared ones included.
+
+        An opening of fewer than LEAST_SHARED tokens is shared only with its `mate`.
+        """
+        place = bisect(self._sorted, (ids, 0))
+        # Of sorted sequences, no other shares a longer opening than the two neighbours.
+        neighbours = self._sorted[max(0, place - 1) : place + 1]
+        shared, other = max(
+            ((common_prefix(known, ids), number) for known, number in neighbours), default=(0, -1)
+        )
+        if shared < LEAST_SHARED:
+            shared, other = (0, -1) if mate is None else (common_prefix(self._ids[mate], ids), mate)
+        path = self._path(other, shared) if shared else ()
+        start = self.segments[-1].end if self.segments else 0
+        own = range(start, start + len(ids) - shared)
+        states = [*(self._states[other][:shared] if shared else ()), *own]
+        self._sorted.insert(place, (ids, len(self.segments)))
+        self._ids.append(ids)
+        self._states.append(states)
+        self.segments.append(Segment(start, len(own), path))
+        return states
+
+    def _path(self, number: int, length: int) -> tuple[tuple[int, int], ...]:
+        """The segments that hold the first tokens of a sequence."""
+        segment, path = self.segments[number], list[tuple[int, int]]()
+        for place, its_length in (*segment.path, (number, segment.length)):
+            if taken := min(its_length, length):
+                path.append((place, taken))
+                length -= taken
+        return tuple(path)

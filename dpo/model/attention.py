@@ -1,19 +1,18 @@
-"""The two-segment attention: how a pair shares its prompt, for any Hugging Face decoder.
+"""Attention along paths: how sequences share their openings, for any Hugging Face decoder.
 
-A pair lies in the stream as `[shared | chosen | rejected]`. The chosen answer attends to the shared
-part and itself: one plain causal segment. The rejected answer attends to the shared part and
-itself too, and never to the chosen one: its keys are `[shared | rejected]`, causal from the bottom
-right. Nothing attends across pairs.
+A sequence lies in the stream as the openings that earlier ones have computed, its path, and a
+segment of its own. A segment attends to all of its path and, causally, to itself: its keys are
+`[path | segment]`, causal from the bottom right. It sees nothing else.
 
-Attention that shares a pair's prompt is the idea of Wang and Hegde 2024 (arXiv:2410.20305), who
-give a mask to FlexAttention in patched models. What is different here: two causal segments instead
-of a mask, registered through transformers' `AttentionInterface`; no model is patched. The stock
-attentions would not do: they read the restarted positions of `rejected` as a new document and
-would hide the prompt from it.
+For a pair `[shared | chosen | rejected]` that is what Wang and Hegde 2024 (arXiv:2410.20305) do
+with a mask for FlexAttention in patched models. What is different here: causal segments instead of
+a mask, any number of sequences in a trie, registered through transformers' `AttentionInterface`; no
+model is patched. The stock attentions would not do: they read positions that restart as a new
+document and would hide the path from it.
 
 On a GPU all segments of a stream are one call of `varlen_attn`, which needs no mask. Where it
 cannot be used (a CPU, fp32, older GPUs) there is one call of scaled_dot_product_attention per
-segment, and only the rejected ones have a mask, built once per stream.
+segment, and only those with a path have a mask, built once per stream.
 
 Axes of query, key and value: (1, heads, tokens, head width).
 """
@@ -34,7 +33,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from dpo.data.stream import Segment, packed_to_device
 
-NAME = "dpo_two_segment"
+NAME = "dpo_along_paths"
 KEYWORD = "dpo_segments"  # segments travel so: model(..., dpo_segments=...) -> layer -> attention
 # Arguments that have no effect in training; any other, unless None, is not honoured.
 _KNOWN = {"position_ids", "use_cache", "is_causal", "output_attentions", "cache_position"}
@@ -59,11 +58,6 @@ class Segments:
         self.not_honoured: set[str] = set()
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of `shared and chosen` and of `rejected`, alternating, over the whole stream."""
-        return [n for s in self.each for n in (s.shared + s.chosen, s.rejected)]
-
     def mask(self, queries: int, keys: int, window: int | None) -> Bool[Tensor, "queries keys"]:
         """True where a query may look: bottom-right causal, at most `window` tokens back."""
         at = (queries, keys, window)
@@ -78,57 +72,58 @@ class Segments:
         """How one call over all segments finds its queries and keys."""
         keys: list[int] = []
         firsts: list[int] = []
-        again: list[int] = []
+        again: list[list[int]] = []  # by how often a token has occurred before
         query_ends, key_ends = [0], [0]
+        times = [0] * self.each[-1].end
         for segment in self.each:
-            own = range(segment.start, segment.start + segment.shared + segment.chosen)
-            firsts += range(len(keys), len(keys) + len(own))
-            keys += own
-            query_ends.append(own.stop)
+            if not segment.length:  # without queries the kernel writes no gradient
+                continue
+            for number, length in segment.path:
+                start = self.each[number].start
+                for token in range(start, start + length):
+                    again += [[]] * (times[token] == len(again))
+                    again[times[token]].append(len(keys))
+                    times[token] += 1
+                    keys.append(token)
+            firsts += range(len(keys), len(keys) + segment.length)
+            keys += range(segment.start, segment.end)
+            query_ends.append(segment.end)
             key_ends.append(len(keys))
-            if segment.rejected:  # for a segment without queries the kernel writes no gradient
-                again += range(len(keys), len(keys) + segment.shared)
-                keys += own[: segment.shared]
-                firsts += range(len(keys), len(keys) + segment.rejected)
-                keys += range(own.stop, segment.end)
-                query_ends.append(segment.end)
-                key_ends.append(len(keys))
 
-        lists = keys, firsts, again, query_ends, key_ends
+        lists = keys, firsts, query_ends, key_ends, *again
         tensors = packed_to_device([torch.tensor(n, dtype=torch.long) for n in lists], self.device)
         return Joined(
-            *tensors[:3],
-            *(ends.int() for ends in tensors[3:]),
-            most_queries=max(self.lengths),
-            most_keys=max(
-                segment.shared + max(segment.chosen, segment.rejected) for segment in self.each
-            ),
+            *tensors[:2],
+            *(ends.int() for ends in tensors[2:4]),
+            again=tensors[4:],
+            most_queries=max(segment.length for segment in self.each),
+            most_keys=max(segment.depth + segment.length for segment in self.each),
         )
 
 
 @dataclass(frozen=True)
 class Joined:
-    """Indices for one attention over `shared chosen | shared rejected | ...`.
+    """Indices for one attention over `path segment | path segment | ...`.
 
     Attributes:
-        keys: which token each key is; shared ones occur twice.
-        firsts: where each token of the stream occurs first in `keys`.
-        again: where the shared tokens occur for the second time.
+        keys: which token each key is; those on a path occur again.
+        firsts: where each token of the stream occurs in `keys` in its own segment.
         query_ends, key_ends: where the segments end, with a 0 before them.
+        again: where tokens occur on a path, for the first time, the second, ...; each once in each.
         most_queries, most_keys: the most that a segment has.
     """
 
     keys: Int[Tensor, " keys"]
     firsts: Int[Tensor, " tokens"]
-    again: Int[Tensor, " repeated"]
     query_ends: Int[Tensor, " segments"]
     key_ends: Int[Tensor, " segments"]
+    again: tuple[Int[Tensor, " _"], ...]
     most_queries: int
     most_keys: int
 
 
 @torch.compiler.disable  # segments change with every stream, so it would recompile each time
-def two_segment_attention(
+def attention_along_paths(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -180,7 +175,7 @@ def _in_one_call(
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     # The result is laid out like q: what is kept of it for the backward then serves the next layer.
     q = q.contiguous()
-    k, v = (_Repeat.apply(states, joined.keys, joined.firsts, joined.again) for states in (k, v))
+    k, v = (_Repeat.apply(states, joined.keys, joined.firsts, *joined.again) for states in (k, v))
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and not takes_grouped_heads(q.device):
         k, v = (states.repeat_interleave(groups, dim=1) for states in (k, v))
@@ -229,21 +224,21 @@ def takes_grouped_heads(device: torch.device) -> bool:
 
 
 class _Repeat(torch.autograd.Function):
-    """Rows by index, some twice. The gradient of index_select would be summed in any order."""
+    """Rows by index, some again. The gradient of index_select would be summed in any order."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, keys: Tensor, firsts: Tensor, again: Tensor) -> Tensor:
-        ctx.save_for_backward(keys, firsts, again)
+    def forward(ctx: Any, states: Tensor, keys: Tensor, firsts: Tensor, *again: Tensor) -> Tensor:
+        ctx.save_for_backward(keys, firsts, *again)
         return states.index_select(0, keys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        keys, firsts, again = ctx.saved_tensors
+        keys, firsts, *again = ctx.saved_tensors
         grad_states = grad.index_select(0, firsts)
-        # Each row once: whatever the order, these sums are the same.
-        grad_states.index_add_(0, keys[again], grad.index_select(0, again))
-        return grad_states, None, None, None
+        for places in again:  # each row once: whatever the order, these sums are the same
+            grad_states.index_add_(0, keys[places], grad.index_select(0, places))
+        return grad_states, None, None, *[None] * len(again)
 
 
 def _by_segment(
@@ -278,26 +273,25 @@ def _by_segment(
         )
 
     # Split once: the gradient of a slice would be as large as the tensor that it was cut from.
-    parts = [states.split(segments.lengths, dim=2) for states in (query, key, value)]
+    lengths = [segment.length for segment in segments.each]
+    queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
     outputs = []
     for number, segment in enumerate(segments.each):
-        (q, k, v), rejected = ([part[2 * number + i] for part in parts] for i in (0, 1))
-        outputs.append(attend(q, k, v))
-        if segment.rejected:
-            q, *own = rejected
-            shared = (states[:, :, : segment.shared] for states in (k, v))
-            outputs.append(attend(q, *map(_join, shared, own)))
+        if segment.length:
+            k, v = (
+                torch.cat([*(parts[i][:, :, :n] for i, n in segment.path), parts[number]], dim=2)
+                if segment.path
+                else parts[number]
+                for parts in (keys, values)
+            )
+            outputs.append(attend(queries[number], k, v))
     return torch.cat([out.transpose(1, 2) for out in outputs], dim=1)
 
 
-def _join(first: Tensor, second: Tensor) -> Tensor:
-    return torch.cat([first, second], dim=2)
+AttentionInterface.register(NAME, attention_along_paths)
 
 
-AttentionInterface.register(NAME, two_segment_attention)
-
-
-def use_two_segment_attention(backbone: PreTrainedModel) -> None:
+def use_attention_along_paths(backbone: PreTrainedModel) -> None:
     """Makes every module of the backbone use it for calls that carry segments, and for no others.
 
     Hooks rather than one switch around the forward: under gradient checkpointing a layer runs again

@@ -3,8 +3,8 @@
 Decoder and head both run inside `forward`, and only log-probs leave it: DDP's hooks and
 Accelerate's cast of outputs then have nothing to get wrong, and no (tokens, vocab) tensor exists.
 
-Two layouts have the same contract. `shared` runs the stream as it is, through the
-two-segment attention. `padded` is for models that this attention cannot serve (recurrent or hybrid
+Two layouts have the same contract. `shared` runs the stream as it is, through the attention along
+paths. `padded` is for models that this attention cannot serve (recurrent or hybrid
 layers, soft-capped attention, attention sinks, multi-axis positions): every answer becomes a row of
 its own, prompt included, padded on the right, through the model's own attention.
 """
@@ -19,11 +19,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from dpo.data.stream import Stream, build_stream, to_device
 from dpo.errors import UserError
 from dpo.logps import TILE_BYTES, Predictions, Statistic, token_kls, token_logps, token_statistics
-from dpo.model.attention import KEYWORD, Segments, use_two_segment_attention
+from dpo.model.attention import KEYWORD, Segments, use_attention_along_paths
 from dpo.model.load import keep_4bit_trainable, without_peft
 
-# Two answers of unlike length that share an opening; small ids, which every vocabulary has.
-_PROBE = ([1, 2, 3, 4], [5, 6, 7], [5, 7, 6, 8, 9])
+# Answers of unlike length that share openings, three segments deep; every vocabulary has small ids.
+_PROBE = [
+    ([1, 2, 3, 4] * 4, [5, 6, 7], [5, 7, 6, 8, 9]),
+    ([1, 2, 3, 4] * 4, [5, 7, 6, 3], [5, 7, 8, 9]),
+]
 
 
 Also = Statistic | Literal["predictions"] | Predictions
@@ -160,7 +163,7 @@ class Scorer(nn.Module):
         return output.last_hidden_state[stream.sequence_ids, stream.position_ids[stream.predictors]]
 
     def obstacle_to_sharing(self) -> str:
-        """Why the two-segment attention cannot serve this model; "" when it can."""
+        """Why the attention along paths cannot serve this model; "" when it can."""
         causal_lm, backbone, _ = self._parts
         config = causal_lm.config.get_text_config()
         layer_types = set(getattr(config, "layer_types", None) or [])
@@ -169,8 +172,8 @@ class Scorer(nn.Module):
             return f"it has {', '.join(sorted(other))} layers"
         if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
             return "its positions have several axes"
-        use_two_segment_attention(backbone)  # type: ignore[arg-type]
-        stream = build_stream([_PROBE]).to(self.device)
+        use_attention_along_paths(backbone)  # type: ignore[arg-type]
+        stream = build_stream(_PROBE).to(self.device)
         segments = self._segments(stream)
         try:
             with torch.no_grad():
@@ -190,7 +193,8 @@ class Scorer(nn.Module):
     def _check_head(self) -> None:
         """Compares our head with the model's own logits on a few tokens: families differ."""
         causal_lm, backbone, head = self._parts
-        ids = torch.tensor([_PROBE[0] + _PROBE[1]], device=self.device)
+        prompt, answer, _ = _PROBE[0]
+        ids = torch.tensor([prompt[:4] + answer], device=self.device)
         states = backbone(input_ids=ids, use_cache=False).last_hidden_state[0].to(head.weight.dtype)
         targets = ids[0].roll(-1)
         ours = token_logps(
@@ -237,10 +241,9 @@ def _padded_rows(stream: Stream) -> Int[Tensor, "sequences longest"]:
     """For each answer, the stream indices of its row; padding repeats index 0."""
     rows: list[list[int]] = []
     for segment in stream.segments:
-        shared = range(segment.start, segment.start + segment.shared)
-        chosen = range(shared.stop, shared.stop + segment.chosen)
-        rejected = range(chosen.stop, segment.end)
-        rows += [[*shared, *chosen], [*shared, *rejected]]
+        begun = ((stream.segments[i].start, length) for i, length in segment.path)
+        runs = (*begun, (segment.start, segment.length))
+        rows.append([i for start, length in runs for i in range(start, start + length)])
     longest = max(map(len, rows))
     index = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     return to_device(index, stream.input_ids.device)

@@ -10,13 +10,14 @@ The trainer measures a micro-batch on the device, the planner on fake tensors.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import cycle, islice
 from typing import NamedTuple
 
 import torch
 
 from dpo.config import Config, Dtype, ModelConfig
-from dpo.data.stream import TokenizedPair
+from dpo.data.stream import TokenizedPair, build_stream
 from dpo.logps import TILE_BYTES
 from dpo.model.load import checkpoint_layers
 from dpo.model.named import load_shape
@@ -241,9 +242,15 @@ def copy_bytes(trained: Sequence[torch.Tensor]) -> int:
 
 
 def bytes_per_token(fake: FakePolicy, pairs: Sequence[TokenizedPair]) -> float:
-    """Measured on a micro-batch of the first pairs; more would take longer and show the same."""
-    pairs = list(islice(cycle(pairs), PROBE_PAIRS))
-    return fake.step_bytes(pairs) / sum(pair.num_stream_tokens for pair in pairs)
+    """Measured on a micro-batch of the first pairs; more would take longer and show the same.
+
+    They may repeat, so each gets a first token of its own: they would share all others.
+    """
+    apart = [
+        replace(pair, prompt_ids=[number, *pair.prompt_ids[1:]])
+        for number, pair in enumerate(islice(cycle(pairs), PROBE_PAIRS))
+    ]
+    return fake.step_bytes(apart) / len(build_stream(apart).input_ids)
 
 
 def has_frozen_copy(config: Config) -> bool:

@@ -47,17 +47,14 @@ def work(
 ) -> Work:
     """The work of one micro-batch: `work(stream.segments, len(stream.targets))`.
 
-    A causal run of n tokens has n^2 / 2 scores. Rejected tokens also see the whole shared part. In
-    padded rows both answers bring their prompt, and all rows are as long as the longest.
+    A causal run of n tokens has n^2 / 2 scores, and each of them sees its whole path. In padded
+    rows every sequence brings its path, and all rows are as long as the longest.
     """
     if layout == "padded":
-        longest = max((s.shared + max(s.chosen, s.rejected) for s in segments), default=0)
-        rows = 2 * len(segments)
-        return Work(rows * longest, rows * longest**2 / 2, num_scored)
-    scores = sum(
-        (s.shared + s.chosen) ** 2 / 2 + s.rejected * s.shared + s.rejected**2 / 2 for s in segments
-    )
-    return Work(sum(s.end - s.start for s in segments), scores, num_scored)
+        longest = max((s.depth + s.length for s in segments), default=0)
+        return Work(len(segments) * longest, len(segments) * longest**2 / 2, num_scored)
+    scores = sum(s.length**2 / 2 + s.length * s.depth for s in segments)
+    return Work(sum(s.length for s in segments), scores, num_scored)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ Left out on purpose: answers sampled at an evaluation, loading and tokenising, m
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
 
 import torch
 
@@ -138,7 +137,9 @@ def first_rows(config: Config) -> Sample:
 def mean_work(fake: FakePolicy, sample: Sample, fit: Fit) -> Work:
     """Mean work of a pair, in micro-batches that fit: padded rows cost what the longest does."""
     total = [0.0, 0.0, 0.0]
-    for positions in micro_batches(sample.tokens, fit.tokens or 1):
+    is_shared = fake.scorer.layout == "shared"
+    prompts = [pair.prompt_ids for pair in sample.pairs] if is_shared else None
+    for positions in micro_batches(sample.tokens, fit.tokens or 1, prompts):
         stream = build_stream([sample.pairs[i] for i in positions])
         its_work = work(stream.segments, len(stream.targets), fake.scorer.layout)
         total = [a + b for a, b in zip(total, its_work, strict=True)]
@@ -167,16 +168,17 @@ def time_on_this_cpu(
     The rest of a run comes on top (docs/faq.md). The reference is counted in every step; one that
     is cached already saves a third.
     """
-    seen = chain.from_iterable(map(order.indices, range(1, order.num_steps + 1)))
-    stream = build_stream([pairs[i] for i in islice(seen, SAMPLE_ROWS)])
+    some_steps = range(1, 1 + min(order.num_steps, -(-SAMPLE_ROWS // order.pairs_per_step)))
+    streams = [build_stream([pairs[i] for i in order.indices(step)]) for step in some_steps]
+    works = [work(stream.segments, len(stream.targets)) for stream in streams]
     model = without_numbers(config).model
     flops = costs(model).flops(
-        work(stream.segments, len(stream.targets)),
+        Work(*map(sum, zip(*works, strict=True))),  # type: ignore[arg-type]
         live_reference=config.reference_mode != "zero",
     )
     num_pairs = order.num_steps * order.pairs_per_step / num_ranks
     rate = this_cpu(without_peft(model)).tflops
-    seconds = flops.total / stream.num_pairs * num_pairs / rate / 1e12
+    seconds = flops.total / sum(s.num_pairs for s in streams) * num_pairs / rate / 1e12
     if seconds < LONG:
         return ""
     return (

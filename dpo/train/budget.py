@@ -148,6 +148,11 @@ def _auto_budget(
         parameter.grad = torch.zeros_like(parameter)
     moments = optimizer_bytes(models.trained, config.optim.name)
     needed = config.objective().inputs & FROM_TOKENS
+    num_tokens = sum(pair.num_stream_tokens for pair in pairs)
+    prompts = None
+    if models.layout == "shared":  # padded rows share nothing
+        num_tokens = len(build_stream(pairs).input_ids)
+        prompts = [pair.prompt_ids for pair in pairs]
 
     def score_and_differentiate(pairs: Sequence[TokenizedPair]) -> None:
         stream = build_stream(pairs).to(device)
@@ -160,8 +165,7 @@ def _auto_budget(
         save_memory(models, accelerator, saving)
         try:
             peak = peak_bytes(device, lambda: score_and_differentiate(pairs))
-            per_token = peak / sum(pair.num_stream_tokens for pair in pairs)
-            return per_token, float(free_bytes(device) - moments)
+            return peak / num_tokens, float(free_bytes(device) - moments)
         except torch.OutOfMemoryError:
             return math.inf, 0.0
 
@@ -174,7 +178,7 @@ def _auto_budget(
     )
     tokens, tried = fit.tokens, ""
     if device.type == "cpu" and fit.tokens >= longest and not config.train.deterministic:
-        tokens, tried = fastest(fit.tokens, pairs, score_and_differentiate)
+        tokens, tried = fastest(fit.tokens, pairs, score_and_differentiate, prompts=prompts)
         tokens = smallest_over_ranks(accelerator, tokens)
     models.policy.model.zero_grad()
     if fit.tokens < longest:
@@ -195,15 +199,17 @@ def fastest(
     pairs: Sequence[TokenizedPair],
     work: Callable[[Sequence[TokenizedPair]], object],
     clock: Callable[[], float] = time.perf_counter,
+    prompts: Sequence[Sequence[int]] | None = None,
 ) -> tuple[int, str]:
     """The tokens of a micro-batch, up to `most`, that take the pairs through soonest; and in words.
 
-    The same pairs are cut in each way, and each way is timed once.
+    The same pairs are cut in each way, see `micro_batches`, and each way is timed once.
     """
     sizes = [pair.num_stream_tokens for pair in pairs]
     ways = {}  # numbers that cut the pairs alike: the largest is tried
     for tokens in (most, *(fewer for fewer in FEWER_TOKENS if fewer < most)):
-        ways.setdefault(str(cut := micro_batches(sizes, tokens)), (tokens, cut))
+        cut = micro_batches(sizes, tokens, prompts)
+        ways.setdefault(str(cut), (tokens, cut))
     seconds: dict[int, float] = {}
     for tokens, cut in ways.values() if len(ways) > 1 else ():
         began = clock()

@@ -108,11 +108,13 @@ class TrainStep:
         which cannot be retried. So with several ranks a lowered budget stays.
         """
         num_tokens = [pair.num_stream_tokens for pair in pairs]
+        is_shared = self.models.layout == "shared"
+        prompts = [pair.prompt_ids for pair in pairs] if is_shared else None
         if self.accelerator.num_processes == 1 and self.budget.recover(step):
             self.say(f"memory: {self.budget.tokens} tokens a micro-batch again")
         was_tried, whole, kept = False, None, None
         while True:
-            bins = micro_batches(num_tokens, self.budget.tokens)
+            bins = micro_batches(num_tokens, self.budget.tokens, prompts)
             bins.sort(key=lambda positions: -sum(num_tokens[i] for i in positions))
             seen: list[MicroBatch] = []
             try:
@@ -135,8 +137,9 @@ class TrainStep:
                 pass  # retry outside the except block: the traceback keeps the activations alive
             is_reducing = self.accelerator.num_processes > 1 and len(seen) == len(bins) - 1
             if was_tried or is_reducing:
-                tokens = [[num_tokens[i] for i in b] for b in bins]
-                self._lower_budget(step, tokens, is_reducing=is_reducing)
+                self._lower_budget(
+                    step, [[pairs[i] for i in b] for b in bins], is_reducing=is_reducing
+                )
             else:
                 self.say("out of memory: the step is begun again")
             was_tried = True
@@ -283,18 +286,21 @@ class TrainStep:
             )
         self.say(f"{said} Skipped: {self.num_skipped} of {MAX_SKIPPED}.")
 
-    def _lower_budget(self, step: int, bins: list[list[int]], *, is_reducing: bool) -> None:
-        """Makes micro-batches smaller after memory ran out; `bins`: tokens of the pairs in each.
+    def _lower_budget(
+        self, step: int, bins: list[list[TokenizedPair]], *, is_reducing: bool
+    ) -> None:
+        """Makes micro-batches smaller after memory ran out.
 
         Raises:
             UserError: every micro-batch has one pair already, or the failed one cannot be retried.
         """
-        if is_reducing or all(len(tokens) <= 1 for tokens in bins):
+        largest = max(len(build_stream(pairs).input_ids) for pairs in bins)
+        if is_reducing or all(len(pairs) <= 1 for pairs in bins):
             what = "while ranks were reducing a gradient" if is_reducing else "with one pair"
             raise UserError(
                 f"train.tokens_per_microbatch: a micro-batch ran out of memory {what}; the largest "
-                f"has {sum(bins[0])} tokens. Set it lower, set train.gradient_checkpointing to "
+                f"has {largest} tokens. Set it lower, set train.gradient_checkpointing to "
                 "true, lower data.max_length, or quantise the model."
             )
-        self.budget.lower(step, largest=sum(bins[0]))
+        self.budget.lower(step, largest=largest)
         self.say(f"out of memory: from here on {self.budget.tokens} tokens a micro-batch")

@@ -7,12 +7,13 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.config import TrainConfig
 from dpo.data import order as order_module
 from dpo.data.order import Order, balance, is_due, micro_batches
+from dpo.data.stream import TokenizedPair, build_stream
 
 SETS = {"num_pairs": st.integers(1, 60), "pairs_per_step": st.integers(1, 20)}
 
@@ -148,3 +149,54 @@ def test_thousands_of_pairs_are_binned_in_a_moment():
     assert len(micro_batches([60] * 20_000, 100)) == 20_000
     assert len(micro_batches([40] * 20_000, 100)) <= 1.05 * 10_000 + 1
     assert time.perf_counter() - start < 5
+
+
+# ---------------------------------------------------------------- pairs that open alike
+
+
+def opening_alike(drawn):
+    """Pairs by (which of three long openings or none, question, answers)."""
+    openings = ([], [1] * 20, [1] * 16 + [2] * 30, [3] * 40)
+    return [
+        ([*openings[which], *question, 9], [*chosen, 8], [*rejected, 8])
+        for which, question, chosen, rejected in drawn
+    ]
+
+
+some = st.lists(st.integers(4, 7), max_size=12)
+drawn_alike = st.lists(st.tuples(st.integers(0, 3), some, some, some), min_size=1, max_size=12)
+
+
+def cut(pairs, budget):
+    """The bins of pairs, and how many tokens a stream of each computes."""
+    items = [TokenizedPair(*pair) for pair in pairs]
+    bins = micro_batches([p.num_stream_tokens for p in items], budget, [p[0] for p in pairs])
+    return bins, [len(build_stream([pairs[i] for i in b]).input_ids) for b in bins]
+
+
+@given(drawn_alike, st.integers(1, 400))
+@settings(deadline=None)
+def test_the_budget_bounds_the_tokens_that_are_computed(drawn, budget):
+    """Each pair once; a bin of more tokens than the budget has one pair alone."""
+    pairs = opening_alike(drawn)
+    bins, computed = cut(pairs, budget)
+    assert sorted(i for b in bins for i in b) == list(range(len(pairs)))
+    assert all(tokens <= budget or len(b) == 1 for b, tokens in zip(bins, computed, strict=True))
+
+
+def test_pairs_that_open_alike_meet():
+    """Four and four, alternating, in bins of two that could not hold three."""
+    opening = {"a": [1] * 100, "b": [2] * 100}
+    pairs = [([*opening[name], n], [7] * 10, [8] * 10) for n, name in enumerate("abababab")]
+    bins, computed = cut(pairs, 180)
+    assert sorted(map(sorted, bins)) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert computed == [100 + 4 * 19] * 2
+    apart = micro_batches([119] * 8, 180)
+    assert len(apart) == 8  # what it takes where the opening counts for each
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 200))
+@settings(deadline=None)
+def test_pairs_that_open_differently_are_cut_as_before(num_tokens, budget):
+    prompts = [[number] * 20 for number in range(len(num_tokens))]
+    assert micro_batches(num_tokens, budget, prompts) == micro_batches(num_tokens, budget)

@@ -1,4 +1,5 @@
 from dataclasses import fields
+from unittest import mock
 
 import pytest
 import torch
@@ -41,13 +42,14 @@ def sequences(pairs):
             yield pair.prompt_ids, answer, marks or [True] * len(answer)
 
 
-def visible(segment, index):
-    """The indices that a state attends to, oldest first: the shared part, then its own answer."""
-    shared_end = segment.start + segment.shared
-    rejected_start = shared_end + segment.chosen
-    if index < rejected_start:
-        return list(range(segment.start, index + 1))
-    return [*range(segment.start, shared_end), *range(rejected_start, index + 1)]
+def visible(segments, index):
+    """The indices that a state attends to, oldest first: the path of its segment, then its own."""
+    own = next(segment for segment in segments if segment.start <= index < segment.end)
+    path = [(segments[number].start, length) for number, length in own.path]
+    return [
+        *(i for start, length in path for i in range(start, start + length)),
+        *range(own.start, index + 1),
+    ]
 
 
 def lists(stream):
@@ -69,7 +71,7 @@ def test_the_worked_example_of_the_docstring():
         "targets": [X, Y, DOT, Z, DOT],
         "sequence_ids": [0, 0, 0, 1, 1],
     }
-    assert stream.segments == (Segment(start=0, shared=3, chosen=2, rejected=1),)
+    assert stream.segments == (Segment(0, 5), Segment(5, 1, ((0, 3),)))
     assert stream.num_pairs == 1
     assert {getattr(stream, name).dtype for name in TENSORS} == {torch.int64}
 
@@ -85,7 +87,7 @@ def test_a_second_pair_starts_after_the_first():
         "targets": [X, Y, DOT, Z, DOT] * 2,
         "sequence_ids": [0, 0, 0, 1, 1, 2, 2, 2, 3, 3],
     }
-    assert [segment.start for segment in stream.segments] == [0, 6]
+    assert [segment.start for segment in stream.segments] == [0, 5, 6, 11]
 
 
 def test_a_common_opening_is_computed_once_and_scored_twice():
@@ -101,7 +103,7 @@ def test_a_common_opening_is_computed_once_and_scored_twice():
         "targets": [X, Y, Z, DOT, X, Y, DOT],
         "sequence_ids": [0, 0, 0, 0, 1, 1, 1],
     }
-    assert stream.segments == (Segment(start=0, shared=3, chosen=1, rejected=0),)
+    assert stream.segments == (Segment(0, 4), Segment(4, 0, ((0, 3),)))
 
 
 def test_a_chosen_answer_that_opens_the_rejected_one():
@@ -117,7 +119,47 @@ def test_a_chosen_answer_that_opens_the_rejected_one():
         "targets": [X, Y, X, Y, Z],
         "sequence_ids": [0, 0, 1, 1, 1],
     }
-    assert stream.segments == (Segment(start=0, shared=2, chosen=0, rejected=1),)
+    assert stream.segments == (Segment(0, 2), Segment(2, 1, ((0, 2),)))
+
+
+SYSTEM = list(range(30, 50))  # 20 tokens that pairs share
+
+
+def test_pairs_share_what_their_prompts_open_with():
+    """Two questions after one system prompt; the second pair's answers share an opening, too.
+
+    The 20 tokens are computed once, and every state before an answer's token is indexed by it.
+    """
+    stream = build_stream(
+        [([*SYSTEM, A], [X, Y, DOT], [Z, DOT]), ([*SYSTEM, B, C], [X, Y, DOT], [X, Z, DOT])]
+    )
+    assert stream.input_ids.tolist() == [*SYSTEM, A, X, Y, Z, B, C, X, Y, Z]
+    assert stream.position_ids.tolist() == [*range(23), 21, 20, 21, 22, 23, 23]
+    assert stream.segments == (
+        Segment(0, 23),
+        Segment(23, 1, ((0, 21),)),
+        Segment(24, 4, ((0, 20),)),
+        Segment(28, 1, ((0, 20), (2, 3))),
+    )
+    assert stream.predictors.tolist() == [20, 21, 22, 20, 23, 25, 26, 27, 25, 26, 28]
+    assert stream.sequence_ids.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize(("common", "computed"), [(15, 2 * 19), (16, 2 * 19 - 16)])
+def test_a_short_opening_of_two_pairs_is_not_shared(common, computed):
+    """It would be worth less than the mask of an attention that is not plainly causal."""
+    opening = SYSTEM[:common]
+    stream = build_stream([([*opening, *[n] * (17 - common)], [X, DOT], [Y, DOT]) for n in (A, B)])
+    assert len(stream.input_ids) == computed
+
+
+def test_the_same_pair_twice_is_computed_once_and_scored_twice():
+    pair = ([*SYSTEM, A], [X, Y, DOT], [Z, DOT])
+    once, twice = build_stream([pair]), build_stream([pair, pair])
+    assert torch.equal(once.input_ids, twice.input_ids)
+    assert torch.equal(twice.predictors, torch.cat([once.predictors] * 2))
+    assert torch.equal(twice.targets, torch.cat([once.targets] * 2))
+    assert twice.num_pairs == 2
 
 
 def test_identical_answers_share_all_inputs():
@@ -236,13 +278,13 @@ def test_a_predictor_stands_right_before_its_target_and_sees_all_that_came_befor
     pairs = [*map(tokenized, drawn)]
     stream = build_stream(pairs)
     befores = [
-        (sequence // 2, [*prompt, *answer[:i]])
-        for sequence, (prompt, answer, marks) in enumerate(sequences(pairs))
+        [*prompt, *answer[:i]]
+        for prompt, answer, marks in sequences(pairs)
         for i, mark in enumerate(marks)
         if mark
     ]
-    for (pair, before), index in zip(befores, stream.predictors.tolist(), strict=True):
-        seen = visible(stream.segments[pair], index)
+    for before, index in zip(befores, stream.predictors.tolist(), strict=True):
+        seen = visible(stream.segments, index)
         assert stream.input_ids[seen].tolist() == before
         assert stream.position_ids[seen].tolist() == list(range(len(before)))
 
@@ -279,11 +321,10 @@ def test_the_inputs_are_the_prompt_and_both_answers_without_their_last_tokens(dr
     """The last token of an answer is never an input, except where the other answer reads on."""
     pair = tokenized(drawn)
     stream = build_stream([pair])
-    (segment,) = stream.segments
-    shared, chosen_end = segment.shared, segment.shared + segment.chosen
+    first, second = stream.segments
     ids = stream.input_ids.tolist()
-    assert ids[:chosen_end] == [*pair.prompt_ids, *pair.chosen_ids[:-1]]
-    assert [*ids[:shared], *ids[chosen_end:]] == [*pair.prompt_ids, *pair.rejected_ids[:-1]]
+    assert ids[: first.end] == [*pair.prompt_ids, *pair.chosen_ids[:-1]]
+    assert [*ids[: second.depth], *ids[first.end :]] == [*pair.prompt_ids, *pair.rejected_ids[:-1]]
 
 
 @law
@@ -310,3 +351,59 @@ def test_a_tuple_and_a_tokenized_pair_give_one_stream(drawn):
     pair = tokenized(drawn)
     as_tuple = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
     assert lists(build_stream([as_tuple])) == lists(build_stream([TokenizedPair(*as_tuple)]))
+
+
+# ------------------------------------------------------------------------------ random tries
+
+
+def branching(drawn):
+    """Pairs whose sequences branch from one another: (where, tokens) grows a new one."""
+    prompts, pairs = [[A]], []
+    for which, at, tokens, chosen, rejected in drawn:
+        stem = prompts[which % len(prompts)]
+        prompt = [*stem[: 1 + at % len(stem)], *tokens]
+        prompts.append(prompt)
+        pairs.append((prompt, [*chosen, DOT], [*rejected, DOT]))
+    return pairs
+
+
+few = st.lists(st.sampled_from([A, B, X, Y]), max_size=5)
+drawn_tries = st.lists(
+    st.tuples(st.integers(0, 99), st.integers(0, 99), few, few, few), min_size=1, max_size=6
+)
+
+
+@law
+@given(drawn_tries)
+def test_tokens_computed_are_the_nodes_of_the_trie(drawn):
+    """With any opening shared: as many tokens as there are different openings of the sequences."""
+    pairs = branching(drawn)
+    with mock.patch("dpo.data.stream.LEAST_SHARED", 1):
+        stream = build_stream(pairs)
+    inputs = [[*p, *answer[:-1]] for p, c, r in pairs for answer in (c, r)]
+    nodes = {tuple(ids[:i]) for ids in inputs for i in range(1, len(ids) + 1)}
+    assert len(stream.input_ids) == len(nodes)
+    for segment, ids in zip(stream.segments, inputs, strict=True):
+        assert segment.depth + segment.length == len(ids)
+
+
+@law
+@given(drawn_tries, st.sampled_from([1, 3, 16]))
+def test_what_a_trie_scores_does_not_depend_on_what_it_shares(drawn, least):
+    """Before every target stand the tokens of its own sequence, wherever they are computed."""
+    pairs = branching(drawn)
+    with mock.patch("dpo.data.stream.LEAST_SHARED", least):
+        stream = build_stream(pairs)
+    wanted = [
+        (number, [*prompt, *answer[:i]], answer[i])
+        for number, (prompt, answer) in enumerate((p, a) for p, c, r in pairs for a in (c, r))
+        for i in range(len(answer))
+    ]
+    for index, target, sequence, (number, before, token) in zip(
+        stream.predictors.tolist(), stream.targets.tolist(), stream.sequence_ids.tolist(), wanted,
+        strict=True,
+    ):  # fmt: skip
+        seen = visible(stream.segments, index)
+        assert (sequence, target) == (number, token)
+        assert stream.input_ids[seen].tolist() == before
+        assert stream.position_ids[seen].tolist() == list(range(len(before)))

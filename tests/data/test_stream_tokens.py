@@ -13,10 +13,12 @@ FLOOR = sum(prompt + chosen + rejected - 2 for prompt, chosen, rejected in LENGT
 
 def pairs(common):
     """Answers whose first `common` tokens are the same; fewer where an answer is shorter."""
-    for prompt, chosen, rejected in LENGTHS:
+    for number, (prompt, chosen, rejected) in enumerate(LENGTHS):  # prompts differ
         same = [3] * min(common, chosen - 1, rejected - 1)
         yield TokenizedPair(
-            [0] * prompt, same + [1] * (chosen - len(same)), same + [2] * (rejected - len(same))
+            [10 + number] * prompt,
+            same + [1] * (chosen - len(same)),
+            same + [2] * (rejected - len(same)),
         )
 
 

@@ -1,4 +1,4 @@
-"""The two ways to compute the two-segment attention are one: a call for all, a call a segment."""
+"""The two ways to compute the attention along paths are one: a call for all, a call a segment."""
 
 import pytest
 import torch
@@ -174,7 +174,7 @@ def test_a_width_that_no_fused_kernel_has_is_padded_with_zeros(
     results = []
     for is_cuda in (True, False):
         monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)
-        out, _ = attention.two_segment_attention(
+        out, _ = attention.attention_along_paths(
             module, *states, None, scaling=scaling, dpo_segments=segments
         )
         assert out.shape == (1, len(stream.input_ids), 4, 100)
@@ -204,14 +204,14 @@ def test_the_joined_segments_of_two_pairs():
     """`a b | X | Y Z` and a pair whose rejected answer adds no token: it has no second segment."""
     stream = build_stream([([1, 2], [3, 9], [4, 5, 9]), ([6, 7], [3, 8, 9], [4])])
     segments = Segments(stream.segments, torch.device("cpu"))
-    assert segments.lengths == [3, 2, 4, 0]
+    assert [segment.length for segment in segments.each] == [3, 2, 4, 0]
     joined = segments.joined
     assert joined.keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8]
     assert joined.query_ends.tolist() == [0, 3, 5, 9]
     assert joined.key_ends.tolist() == [0, 3, 7, 11]
     assert joined.query_ends.dtype == torch.int32
     assert joined.keys[joined.firsts].tolist() == [*range(9)]
-    assert joined.keys[joined.again].tolist() == [0, 1]
+    assert [joined.keys[places].tolist() for places in joined.again] == [[0, 1]]
     assert (joined.most_queries, joined.most_keys) == (4, 4)
 
 
@@ -219,7 +219,7 @@ def test_repeated_rows_sum_their_gradients():
     stream = build_stream(PAIRS)
     joined = Segments(stream.segments, torch.device("cpu")).joined
     states = torch.randn(len(stream.input_ids), 2, 3, dtype=torch.float64, requires_grad=True)
-    repeated = _Repeat.apply(states, joined.keys, joined.firsts, joined.again)
+    repeated = _Repeat.apply(states, joined.keys, joined.firsts, *joined.again)
     assert torch.equal(repeated, states[joined.keys])
     weights = torch.randn_like(repeated)
     ours, autograd = (
@@ -267,7 +267,7 @@ def test_repeated_rows_have_the_same_gradient_every_time():
     states = torch.randn(len(stream.input_ids), 8, 128, device="cuda", requires_grad=True)
 
     def gradient():
-        repeated = _Repeat.apply(states, joined.keys, joined.firsts, joined.again)
+        repeated = _Repeat.apply(states, joined.keys, joined.firsts, *joined.again)
         return torch.autograd.grad(repeated.sin().sum(), states)[0]
 
     expected = gradient()

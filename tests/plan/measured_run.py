@@ -1,6 +1,7 @@
 """Two steps in a process of their own, which prints by how many bytes its memory grew at most."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,10 @@ def run(config: Config, lengths: str, steps: int) -> Policy:
     optimizer = build_optimizer(policy.model, config.optim)
     (pair,) = given_lengths(lengths).pairs
     assert isinstance(config.train.tokens_per_microbatch, int)
-    stream = build_stream([pair] * (config.train.tokens_per_microbatch // pair.num_stream_tokens))
+    count = config.train.tokens_per_microbatch // pair.num_stream_tokens
+    # The first tokens differ, so that the pairs share nothing.
+    prompts = ([n % 50, *pair.prompt_ids[1:]] for n in range(count))
+    stream = build_stream([replace(pair, prompt_ids=prompt) for prompt in prompts])
     for _ in range(steps):
         logps = scorer(stream)
         (logps - reference(stream)).sum().backward()

@@ -182,7 +182,7 @@ def test_work_of_one_pair():
     Shared: 6^2 / 2 of prompt and chosen, 2 x 3 to the prompt, 2^2 / 2 of its own: 26.
     Padded: two rows of 6: 12 tokens, 2 x 6^2 / 2 = 36.
     """
-    segments = [Segment(0, 3, 3, 2)]
+    segments = [Segment(0, 6), Segment(6, 2, ((0, 3),))]
     assert work(segments, 7) == Work(8, 26, 7)
     assert work(segments, 7, "padded") == Work(12, 36, 7)
     assert work([], 0) == work([], 0, "padded") == Work(0, 0, 0)
@@ -235,7 +235,7 @@ def test_the_gate_a_step_of_mistral_7b_stays_within_5_percent_of_the_floor(layer
     Layers are all alike: with fewer of them only the head, 1 % of the floor, weighs more.
     """
     lengths = LENGTHS[:8]
-    pairs = [([0] * prompt, [1] * chosen, [2] * rejected) for prompt, chosen, rejected in lengths]
+    pairs = [([n] * lengths[n][0], [10] * lengths[n][1], [11] * lengths[n][2]) for n in range(8)]
     fake = mistral(tmp_path, layers)
     its = costs(fake.policy.model)
     with fake.mode:

@@ -48,7 +48,9 @@ def test_activations_grow_with_the_tokens_and_the_count_repeats_exactly():
     scorer = Scorer(with_lora(tiny()))
 
     def peak(pairs):
-        stream = build_stream([([1, 2, 3] * 20, [5] * 20 + [6], [7] * 21)] * pairs)
+        stream = build_stream(
+            [([n, *[1, 2, 3] * 20], [5] * 20 + [6], [7] * 21) for n in range(pairs)]
+        )
         return peak_bytes(CPU, lambda: scorer(stream).sum().backward())
 
     peak(1)  # makes the gradients

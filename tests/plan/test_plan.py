@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -431,7 +432,8 @@ def test_the_time_of_a_run_is_its_flops_over_the_rate(folder, monkeypatch):
     monkeypatch.setattr("dpo.plan.gpus.product_tflops", lambda width, dtype: 1e-9)
     config = configuration(folder, "--train.max_steps", 5)
     kinds = [TokenizedPair([0] * 90, [1] * 20, [2] * 40), TokenizedPair([0] * 9, [1] * 60, [2] * 9)]
-    fake, sample = FakePolicy(config), Sample(kinds * 8, 16, "made up")
+    pairs = [replace(pair, prompt_ids=[n, *pair.prompt_ids]) for n, pair in enumerate(kinds * 8)]
+    fake, sample = FakePolicy(config), Sample(pairs, 16, "made up")
     for mode in ("auto", "zero"):
         config.reference.mode = mode
         pair = costs(fake.policy.model).flops(

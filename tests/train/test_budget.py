@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo.data.order import Order
-from dpo.data.stream import TokenizedPair
+from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
 from dpo.plan.fake import FakePolicy
 from dpo.plan.fit import MOST_TOKENS, SAVINGS, memory_parts
@@ -44,7 +44,7 @@ def test_a_full_micro_batch_takes_about_nine_tenths_of_what_was_free(tmp_path, m
     one = started(config(tmp_path, *AUTO, rows=200))
     pairs = iter(one.data.train)
     chosen = [next(pairs)]
-    while sum(pair.num_stream_tokens for pair in chosen) < one.train_step.budget.tokens:
+    while len(build_stream(chosen).input_ids) < one.train_step.budget.tokens:
         chosen.append(next(pairs))
     peak = peak_bytes(CPU, lambda: one.train_step.gradient(1, chosen[:-1], pairs_in_step=16))
     assert 0.7 * 40e6 < peak < 0.9 * 40e6
@@ -107,7 +107,7 @@ def test_a_run_on_a_cpu_takes_what_was_fastest_and_says_so(tmp_path, monkeypatch
     whole = step_gradients(config(tmp_path, "--train.output_dir", tmp_path / "whole"))
     tried = []
 
-    def at_300(most, pairs, work):
+    def at_300(most, pairs, work, **_):
         work(pairs)
         tried.append(most)
         return 300, "; the first pairs go through 300 in 1 s"

@@ -303,7 +303,7 @@ def test_the_documentation_has_every_loss():
     page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
     named = {
         n
-        for cell in re.findall(r"^\| ([a-z_, ]+) \|", page, re.MULTILINE)
+        for cell in re.findall(r"^\| ([a-z_0-9, ]+) \|", page, re.MULTILINE)
         for n in cell.split(", ")
     }
     assert named - {"loss"} == LOSSES.keys()

@@ -1,10 +1,12 @@
 """One step: one gradient however it is split, nothing counted twice, and a stop before bad news."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from dpo.data.stream import TokenizedPair, build_stream
 from dpo.errors import UserError
 from dpo.train.budget import STEPS_TO_RECOVER, token_budget
 from dpo.train.selfcheck import shortest_pairs
@@ -14,6 +16,7 @@ from tests.commands import as_two_processes
 from tests.train.runs import (
     assert_same_gradients,
     config,
+    rows_file,
     run,
     started,
     step_gradients,
@@ -39,6 +42,33 @@ def test_one_gradient_at_any_token_budget_and_batch_shape(tmp_path):
     ]
     for result in results[1:]:
         assert_same_gradients(result, results[0])
+
+
+def rows_with_openings(folder):
+    """Packaged rows behind two long system prompts, one of which begins as the other does."""
+    file = rows_file(folder, 24)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    begun = "You add and sort numbers. " * 3
+    for number, row in enumerate(rows):
+        row["system"] = [begun, begun + "Answer with one word. " * 2, ""][number % 3]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge", "tdpo1", "kto_pair"])
+def test_pairs_that_share_an_opening_have_the_gradient_of_pairs_alone(loss, tmp_path):
+    """One pair a micro-batch shares nothing across pairs; the whole step at once shares all."""
+    flags = ["--data.name_or_path", rows_with_openings(tmp_path), "--loss.type", loss]
+    alone, some, together = (
+        step_gradients(config(tmp_path, *flags, "--train.tokens_per_microbatch", budget))
+        for budget in (1, 400, 100_000)
+    )
+    assert_same_gradients(some, alone)
+    assert_same_gradients(together, alone)
+    made = started(config(tmp_path, *flags))
+    pairs = [made.data.train[i] for i in made.order.indices(1)]
+    computed = len(build_stream(pairs).input_ids)
+    assert computed < 0.8 * sum(pair.num_stream_tokens for pair in pairs)
 
 
 @pytest.mark.distributed
@@ -106,10 +136,10 @@ def test_out_of_memory_halves_the_budget_and_loses_neither_step_nor_pair(
 ):
     """The gradient and the metrics of both steps are those of a run that had the memory."""
     whole = step_gradients(config(tmp_path, "--train.output_dir", tmp_path / "whole"))
-    out_of_memory_above(monkeypatch, 250)
+    out_of_memory_above(monkeypatch, 150)
     assert_same_gradients(step_gradients(config(tmp_path)), whole)
     said = capsys.readouterr().err
-    assert said.count("out of memory: from here on") == 2  # about 900 tokens: 450, 225
+    assert said.count("out of memory: from here on") == 2  # about 600 tokens: 300, 150
 
 
 def test_a_trained_run_that_ran_out_of_memory_is_the_run_that_did_not(tmp_path, monkeypatch):
@@ -145,7 +175,7 @@ def test_the_budget_grows_back_when_memory_has_been_enough_for_a_while(
     grows_after(monkeypatch, 2)
     flags = ["--train.max_steps", 6, "--lora.dropout", 0.1, "--train.save_steps", 2]
     flags += ["--train.tokens_per_microbatch", 500, "--train.save_total_limit", 9]
-    sizes = out_of_memory_above(monkeypatch, 150, times=3)  # a retry, and two halvings
+    sizes = out_of_memory_above(monkeypatch, 100, times=3)  # a retry, and two halvings
     straight = run(config(tmp_path, *flags))
     assert sizes[-1] > 2 * sizes[0]
     said = capsys.readouterr().err
@@ -212,10 +242,13 @@ def test_one_pair_that_does_not_fit_ends_the_run_with_what_to_do(tmp_path, monke
 
 def test_while_ranks_reduce_a_gradient_a_step_cannot_be_begun_again(tmp_path):
     made = started(config(tmp_path))
-    with pytest.raises(UserError, match="while ranks were reducing a gradient; the largest has 90"):
-        made.train_step._lower_budget(1, [[50, 40], [60, 20]], is_reducing=True)
-    made.train_step._lower_budget(1, [[50, 40], [60, 20]], is_reducing=False)
-    assert made.train_step.budget.tokens == 45
+    pairs = [TokenizedPair([n] * 40, [n] * 4, [n + 1] * 8) for n in range(4)]  # of 50 tokens
+    with pytest.raises(
+        UserError, match="while ranks were reducing a gradient; the largest has 150"
+    ):
+        made.train_step._lower_budget(1, [pairs[:3], pairs[3:]], is_reducing=True)
+    made.train_step._lower_budget(1, [pairs[:3], pairs[3:]], is_reducing=False)
+    assert made.train_step.budget.tokens == 75
 
 
 def test_the_largest_micro_batch_comes_first_and_the_smallest_last(tmp_path, monkeypatch):
