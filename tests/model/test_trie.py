@@ -84,6 +84,18 @@ def test_a_sliding_window_counts_along_the_path(monkeypatch):
         assert gradient <= 2e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral sliding"])
+def test_a_long_segment_is_attended_to_a_piece_at_a_time(family, monkeypatch):
+    """Pieces of 3 queries: the last may be shorter, and a window may end in any of them."""
+    monkeypatch.setattr("dpo.data.stream.LEAST_SHARED", 1)
+    monkeypatch.setattr(attention, "_MASKED_QUERIES", 3)
+    rng, model = random.Random(6), with_lora(tiny(family)).train()
+    for _ in range(6):
+        far, gradient, _, _ = apart(model, random_pairs(rng, 4))
+        assert far <= 2e-5
+        assert gradient <= 2e-5
+
+
 def test_padded_rows_read_a_trie_as_well(monkeypatch):
     monkeypatch.setattr("dpo.data.stream.LEAST_SHARED", 1)
     rng, model = random.Random(5), with_lora(tiny()).train()
