@@ -7,14 +7,18 @@ import json
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from dpo.after.finished import FinishedRun
 from dpo.data.order import Order
-from dpo.losses import STEP_WIDE
+from dpo.errors import UserError
+from dpo.losses import MEMORIES, STEP_WIDE
 from dpo.model.load import load_base
 from dpo.model.scorer import Scorer
+from dpo.report.logs import read_logs
+from dpo.train.ahead import cache_reference
 from dpo.train.checkpoint import load_reference
 from dpo.train.selfcheck import shortest_pairs
 from dpo.train.step import TrainStep
@@ -88,15 +92,13 @@ def test_inputs_with_a_gradient_go_through_both_passes(tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", sorted(STEP_WIDE))
+@pytest.mark.parametrize("name", sorted(STEP_WIDE | MEMORIES.keys()))
 def test_two_ranks_have_the_gradient_of_one(name, tmp_path):
-    """Steps of 16 pairs and one: the second leaves a rank without pairs."""
+    """Steps of 16 pairs and one: the second, which leaves a rank without, remembers the first."""
     output = tmp_path / "gradients.pt"
-    batch = "--train.per_device_train_batch_size"
-    as_two_processes(
-        *("-m", "tests.train.two_ranks", tmp_path, output, 17, *flags_of(name, 250), batch, 8)
-    )
-    expected = step_gradients(config(tmp_path, *flags_of(name, 250), batch, 16, rows=17))
+    flags = [*flags_of(name, 250), "--loss.beta", 1.0, "--train.per_device_train_batch_size"]
+    as_two_processes("-m", "tests.train.two_ranks", tmp_path, output, 17, *flags, 8)
+    expected = step_gradients(config(tmp_path, *flags, 16, rows=17))
     for results in torch.load(output):
         assert_same_gradients(results, expected)
 
@@ -266,6 +268,41 @@ def test_a_resumed_run_has_the_reference_that_it_had(flags, tmp_path):
                        "--train.output_dir", tmp_path / "still"))  # fmt: skip
     assert training(still)[-2:] != training(straight)[-2:]  # that could fail
     assert any("eval/displacement" in line for line in metrics(still))
+
+
+def test_what_cannot_be_cached_is_refused_and_said(tmp_path):
+    for flags in (HARD, ["--loss.type", "tdpo2"]):
+        folder = tmp_path / flags[1]
+        settings = config(tmp_path, *flags, "--train.output_dir", folder)
+        settings.reference.cache = "auto"
+        with pytest.raises(UserError, match="got auto, but nothing would be kept"):
+            cache_reference(settings)
+        header = (run(settings) / "header.txt").read_text()
+        assert "reference cache: off" in header
+    assert "note: no reference cache: the loss reads more of the reference" in header
+
+
+@pytest.mark.parametrize(
+    ("flags", "rewards"),
+    [
+        ([], "beta times log-ratios"),
+        (["--loss.type", "simpo"], "beta times mean log-probs of a token, without a reference"),
+        (["--loss.type", "cpo"], "beta times log-probs, without a reference"),
+        (HARD, "beta times log-ratios to a reference that moves"),
+    ],
+    ids=["", "simpo", "cpo", "moving"],
+)
+def test_the_header_and_the_report_say_what_rewards_are(flags, rewards, tmp_path):
+    more = ["--data.eval_fraction", 0.3, "--train.write_report", "true"]
+    folder = run(config(tmp_path, *flags, *more))
+    assert f"Rewards are {rewards}, in nats" in (folder / "report.html").read_text()
+    assert read_logs(folder).rewards == rewards
+    last = [line for line in metrics(folder) if "eval/loss" in line][-1]
+    held_out = read_logs(folder).held_out[-1]
+    columns = {name: np.array(values) for name, values in held_out.items() if name != "step"}
+    scale = columns["chosen_lengths"] if "token" in rewards else 1
+    wanted = 0.1 * (columns["policy_chosen_logps"] - columns["ref_chosen_logps"]) / scale
+    assert last["eval/rewards/chosen"] == pytest.approx(wanted.mean(), rel=1e-4, abs=1e-6)
 
 
 def test_a_finished_run_is_measured_against_what_it_started_from(tmp_path):
