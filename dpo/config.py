@@ -489,6 +489,14 @@ class Config:
                 train.metric_for_best_model,
                 f"null or one of {', '.join(BEST_METRICS)}",
             )
+        still = ("eval/logps/chosen", "eval/exact_match")
+        if self.reference.update != "never" and train.metric_for_best_model not in (None, *still):
+            refuse(
+                "train.metric_for_best_model",
+                train.metric_for_best_model,
+                f"null, {' or '.join(still)}: the others begin anew when reference.update moves "
+                "the reference",
+            )
         if train.metric_for_best_model == "eval/kl" and self.reference_mode == "zero":
             refuse("reference.mode", "zero", "another, since eval/kl chooses the best model")
         if train.metric_for_best_model == "eval/kl" and not train.eval_prompts:

@@ -268,6 +268,9 @@ def test_weights_of_pairs_weigh(tmp_path):
          "reference.cache: got 'here', wanted auto or off: what is kept of a reference that moves"),
         (["--reference.update", "hard", "--loss.type", "simpo"],
          "reference.update: got 'hard', wanted never, since reference.mode is zero"),
+        (["--reference.update", "hard", "--data.eval_fraction", 0.3,
+          "--train.metric_for_best_model", "eval/loss"],
+         "train.metric_for_best_model: got 'eval/loss', wanted null, eval/logps/chosen or eval"),
         (["--reference.update_alpha", 0], "reference.update_alpha: got 0.0, wanted above 0"),
     ],
 )  # fmt: skip
