@@ -31,7 +31,8 @@ from dpo.data.bounded import CHARACTERS, SECONDS, in_time
 from dpo.data.encoding import Encoder
 from dpo.data.formats import IM_START, SYSTEM_ROLES, Message, Preference, RowError
 from dpo.data.limits import Limits
-from dpo.data.stream import TokenizedPair, common_prefix
+from dpo.data.openings import common_prefix
+from dpo.data.stream import TokenizedPair
 from dpo.data.templates import IM_END
 from dpo.errors import UserError
 

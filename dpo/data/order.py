@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dpo.config import TrainConfig
-from dpo.data.stream import LEAST_SHARED, common_prefix
+from dpo.data.openings import LEAST_SHARED, common_prefix
 
 
 @dataclass(frozen=True)

@@ -37,14 +37,12 @@ from array import array
 from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-LEAST_SHARED = 16
-"""Tokens that pairs must have in common to share them; two answers share whatever prompt."""
+from dpo.data.openings import LEAST_SHARED, common_prefix
 
 
 @dataclass(frozen=True)
@@ -223,14 +221,6 @@ def build_stream(
         tuple(openings.segments),
         tuple(items),
     )
-
-
-def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many items both begin with."""
-    if b[: len(a)] == a:  # nearly always true, and the comparison runs in C
-        return len(a)
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 class _Openings:
