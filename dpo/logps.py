@@ -53,7 +53,7 @@ def token_logps(
 
 
 Statistic = Literal["dispersion", "log_collision"]
-"""Of a prediction p: entropy / log V, from 0 to 1; or log sum_v p(v)^2, nats."""
+"""How sure a prediction p is: its entropy / log V, from 0 to 1; or log sum_v p(v)^2, nats."""
 
 
 class Predictions(NamedTuple):
@@ -350,7 +350,7 @@ def _log_softmax_(logits: Tensor) -> Tensor:
 
 
 def _statistic(exp: Tensor, total: Tensor, statistic: Statistic) -> Tensor:
-    """Of the predictions exp / total, (rows,)."""
+    """The statistic of the predictions exp / total, (rows,)."""
     if statistic == "log_collision":
         return torch.einsum("rv,rv->r", exp, exp).log() - 2 * total[:, 0].log()
     entropy = total[:, 0].log() - torch.xlogy(exp, exp).sum(1) / total[:, 0]

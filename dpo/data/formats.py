@@ -21,6 +21,7 @@ that the eight formats and the few readers they share are seen side by side.
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -200,7 +201,9 @@ def _numbers(row: RawRow) -> dict[str, float]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # an integer may be larger than any float
 
 
 def unread_columns(row: RawRow, format: str) -> list[str]:

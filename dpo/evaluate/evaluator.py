@@ -29,12 +29,10 @@ from dpo.evaluate.samples import generate
 from dpo.losses import PairLogps
 from dpo.metrics import pair_metrics
 from dpo.model.models import Models
-from dpo.model.pair_scores import score
+from dpo.model.pair_scores import LOGPS, score
 from dpo.model.reference import TokenLogps
 from dpo.objective import Objective
 from dpo.signals import Stopped, at_once
-
-LOGPS = [field.name for field in fields(PairLogps)]
 
 
 def score_pairs(

@@ -1,6 +1,7 @@
 """A micro-batch to what losses read: log-probs under both models, and inputs that a loss names."""
 
 from collections.abc import Collection
+from dataclasses import fields
 
 import torch
 from jaxtyping import Bool
@@ -11,6 +12,9 @@ from dpo.logps import pair_logps, sequence_logps
 from dpo.losses import PairLogps, wpo_weights
 from dpo.model.reference import TokenLogps
 from dpo.objective import FROM_ROWS, KLS, TAILS, Inputs
+
+LOGPS = [field.name for field in fields(PairLogps)]
+"""The names of the six vectors that every loss reads."""
 
 
 def score(

@@ -10,7 +10,7 @@ Dropout is a function of the step and the micro-batch, so both passes see one ne
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -19,11 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpo.losses import PairLogps
+from dpo.model.pair_scores import LOGPS
 from dpo.objective import KLS, Inputs, Objective
 
 Scored = tuple[PairLogps, Inputs]
-NAMES = [field.name for field in fields(PairLogps)]
-_OF_POLICY = {name for name in NAMES if name.startswith("policy_")} | KLS
+_OF_POLICY = {name for name in LOGPS if name.startswith("policy_")} | KLS
 _OF_POLICY |= {"policy_chosen_tail_logps", "policy_rejected_tail_logps"}
 
 
@@ -43,7 +43,7 @@ class WholeStep:
 
     def logps(self, positions: Sequence[int]) -> PairLogps:
         """Log-probs of the pairs at these positions."""
-        return PairLogps(**{name: self.columns[name][list(positions)] for name in NAMES})
+        return PairLogps(**{name: self.columns[name][list(positions)] for name in LOGPS})
 
     def linear(self, positions: Sequence[int], again: Scored) -> Float[Tensor, " pairs"]:
         """The losses of these pairs, with their values and slopes, as they are scored `again`."""
@@ -68,7 +68,7 @@ def joined(scored: Sequence[tuple[Sequence[int], PairLogps, Inputs]]) -> dict[st
 
 def of_all_ranks(columns: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[int]]:
     """Every column with the pairs of all ranks, on the CPU; and how many each rank has."""
-    values = [column.to(columns[NAMES[0]].dtype).cpu() for column in columns.values()]
+    values = [column.to(columns[LOGPS[0]].dtype).cpu() for column in columns.values()]
     every = gather_object([torch.stack(values)])
     whole = torch.cat(every, dim=1)
     return dict(zip(columns, whole, strict=True)), [part.shape[1] for part in every]
@@ -89,8 +89,8 @@ def look_at_step(
     columns = joined(scored)
     whole, sizes = of_all_ranks(columns)
     leaves = {name: whole[name].requires_grad_() for name in whole if name in _OF_POLICY}
-    logps = PairLogps(**{name: whole[name] for name in NAMES})
-    losses = objective(logps, {n: column for n, column in whole.items() if n not in NAMES})
+    logps = PairLogps(**{name: whole[name] for name in LOGPS})
+    losses = objective(logps, {n: column for n, column in whole.items() if n not in LOGPS})
     slopes = torch.autograd.grad(losses.sum(), [*leaves.values()], allow_unused=True)
     start = sum(sizes[: accelerator.process_index])
     mine, device = slice(start, start + sizes[accelerator.process_index]), accelerator.device

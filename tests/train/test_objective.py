@@ -213,7 +213,7 @@ def test_one_that_names_inputs_gets_them(own, tmp_path):
         ),
         (
             ["--loss.pair_weights", "true"],
-            {"weight": [-1, None, "1", True, *[1.0] * 20]},
+            {"weight": [-1, None, 10**400, True, *[1.0] * 20]},
             r"a number of 0 or more in the column weight, which 4 of 24 pairs lack: rows 1, 2, ",
         ),
     ],
